@@ -1,0 +1,150 @@
+"""Model folders and resumable checkpoints: atomic save, load and prune; safetensors and JSON only."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from agatool import __version__
+from agatool.config import ModelConfig
+from agatool.errors import CheckpointError, DiskError
+from agatool.files import atomic_folder, recover_folder, write_json
+from agatool.model import PersonSearchModel
+from agatool.tokenization import load_tokenizer
+
+FORMAT = 1  # of config.json; a newer one is refused
+
+
+def write_model(folder: Path, model: PersonSearchModel, card: str) -> None:
+    """Write config.json, model.safetensors, tokenizer.json and README.md into an existing folder."""
+    write_json(folder / "config.json", {"format": FORMAT, "agatool": __version__, **model.config.model_dump()})
+    save_tensors(folder / "model.safetensors", model.state_dict())
+    model.tokenizer.save(folder / "tokenizer.json")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def save_model(folder: Path, model: PersonSearchModel, card: str) -> None:
+    """Write a whole model folder, atomically replacing an older one. Raises DiskError."""
+    with atomic_folder(folder) as temporary:
+        write_model(temporary, model, card)
+
+
+def load(path: str | Path) -> PersonSearchModel:
+    """Open a model folder: the model in eval mode on CPU, its `tokenizer` with it.
+
+    Raises CheckpointError for whatever is missing, damaged or does not fit.
+    """
+    folder = Path(path)
+    recover_folder(folder)
+    config = read_model_config(folder)
+    try:
+        model = PersonSearchModel(config)
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}", "The folder is damaged; copy it again.") from error
+    load_state(model, read_tensors(folder / "model.safetensors"), folder)
+    model.tokenizer = load_tokenizer(folder / "tokenizer.json", config.text)
+    if model.tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {model.tokenizer.vocab_size} entries, the model {config.vocab_size}",
+            "Tokenizer and weights come from different models; copy the folder again.",
+        )
+    return model.eval()
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """The model configuration of a model folder. Raises CheckpointError."""
+    file = folder / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+            raise CheckpointError(f"{file} is not the configuration of an agatool model", "Use `aga convert` first.")
+        values.pop("agatool", None)
+        return ModelConfig.model_validate(values)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} is not a model folder: config.json cannot be read ({error.strerror})",
+            "Give a folder such as runs/NAME/best, or a run folder.",
+        ) from error
+    except (ValueError, RecursionError, ValidationError) as error:
+        raise CheckpointError(f"{file} is broken: {error}", "Copy the folder again.") from error
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as safetensors; the caller's folder is the atomic unit. Raises DiskError."""
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # how it reports a full or read-only disk
+        raise DiskError(f"Cannot write {path}: {error}", "Free some space or choose another --out.") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file. Raises CheckpointError for a missing, truncated or foreign one."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"Cannot read {path}: {error}", "The file is missing or damaged; copy it again."
+        ) from error
+
+
+def load_state(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+    """Strict load: every tensor must be there, fit, and be used. Raises CheckpointError naming what does not."""
+    wanted = module.state_dict()
+    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    misshapen = [k for k in wanted.keys() & tensors.keys() if wanted[k].shape != tensors[k].shape]
+    problems = [("missing", missing), ("unknown", extra), ("of another shape", sorted(misshapen))]
+    told = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
+        for what, names in problems
+        if names
+    ]
+    if told:
+        raise CheckpointError(f"{source} does not fit the model: {'; '.join(told)}", "Is it the right checkpoint?")
+    module.load_state_dict(tensors)
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: dict[str, Tensor],
+    trainer: dict[str, Tensor],
+    state: dict[str, Any],
+    keep: int,
+) -> None:
+    """Write `folder`/step-N atomically, then drop all but the newest `keep`."""
+    with atomic_folder(folder / f"step-{step}") as temporary:
+        save_tensors(temporary / "model.safetensors", model)
+        save_tensors(temporary / "trainer.safetensors", trainer)
+        write_json(temporary / "state.json", {"step": step, **state})
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints in `folder`, oldest first."""
+    found = [p for p in folder.glob("step-*") if p.name[5:].isdigit() and (p / "state.json").exists()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's per-parameter state as flat tensors, `optimizer.INDEX.NAME`."""
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer.{index}.{name}": value for index, values in state.items() for name, value in values.items()}
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `pack_optimizer`, into an optimiser over the same parameters."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -1,0 +1,242 @@
+"""Run configuration: pydantic sections, presets, TOML files and `section.key=value` overrides."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from agatool.errors import UsageError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Section(BaseModel):
+    """A table of the configuration; an unknown key or a wrong type is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TextConvention(Section):
+    """How a caption becomes token ids; part of a model, because its weights were trained on it."""
+
+    sep: bool = True  # end with [SEP]; ALBEF and RaSa emit `[CLS] X` alone
+    cleanup: Literal["none", "albef"] = "none"  # albef: lowercase, drop ,.'!?"()*#:;~ and turn - / into spaces
+    max_words: int | None = Field(None, ge=1)  # cut the caption to so many words first
+    max_tokens: int = Field(64, ge=4)  # special tokens included
+
+
+class ModelConfig(Section):
+    """Sizes of the one core model; stored as config.json beside the weights."""
+
+    image_model: str | None = None  # a timm ViT by name; None: a plain ViT of the sizes below
+    image_size: tuple[int, int] = (128, 64)  # height, width in pixels
+    patch: int = Field(16, ge=1)
+    stem: Literal["patch", "conv"] = "patch"  # conv: stride-2 3x3 convolutions down to `patch` pixels a token
+    image_width: int = Field(96, ge=1)
+    image_depth: int = Field(3, ge=1)
+    image_heads: int = Field(3, ge=1)
+    image_mean: tuple[float, float, float] = CLIP_MEAN
+    image_std: tuple[float, float, float] = CLIP_STD
+    vocab_size: int = Field(1000, ge=5)
+    text_width: int = Field(96, ge=1)
+    text_heads: int = Field(3, ge=1)
+    text_mlp: int = Field(384, ge=1)
+    text_layers: int = Field(2, ge=1)
+    fusion_layers: int = Field(2, ge=1)
+    max_positions: int = Field(64, ge=1)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    embed_dim: int = Field(96, ge=1)
+    text: TextConvention = TextConvention()
+
+
+class DataConfig(Section):
+    """Where the data comes from and how training images are varied."""
+
+    dataset: str = "sample"
+    dir: str = "data/sample"
+    workers: int = Field(0, ge=0)  # decoding processes
+    cache: bool = True  # keep decoded training images in memory where they fit in 2 GiB
+    flip: float = Field(0.5, ge=0, le=1)
+    pad: float = Field(0.05, ge=0, le=0.5)  # random shift, as a fraction of the height
+    erase: float = Field(0.0, ge=0, le=1)  # random erasing probability
+
+
+class MaskingConfig(Section):
+    """Which words MLM and TEM mask (DESIGN: AGM)."""
+
+    strategy: Literal["attention", "random", "content"] = "random"
+    ratio: float = Field(0.15, gt=0, lt=1)
+    temperature: float = Field(1.0, ge=0)  # 0: the top-scored words, no draw
+    unit: Literal["word", "piece"] = "word"
+    aggregation: Literal["ema", "mean", "last", "rollout"] = "ema"
+    tau: float = Field(0.5, gt=0, le=1)
+
+
+class TemConfig(Section):
+    """Text Enrichment Module: the MLM's words stand in for the masked ones (DESIGN: TEM)."""
+
+    enabled: bool = False
+    probability: float = Field(0.5, ge=0, le=1)  # of a caption being replaced in ITC and ITM
+    warmup: float = Field(0.1, ge=0, le=1)  # share of the steps without TEM
+    decode: Literal["argmax", "top-k", "sample"] = "top-k"
+    top_k: int = Field(5, ge=1)
+    temperature: float = Field(1.0, gt=0)
+
+
+class ObjectiveConfig(Section):
+    """ITC + ITM + MLM with a momentum teacher (ALBEF, Li et al. 2021, and the AGA description)."""
+
+    itc_weight: float = Field(0.5, ge=0)
+    itm_weight: float = Field(1.0, ge=0)
+    mlm_weight: float = Field(1.0, ge=0)
+    alpha: float = Field(0.4, ge=0, le=1)  # share of the teacher's soft targets
+    alpha_ramp_epochs: float = Field(1.0, ge=0)
+    momentum: float = Field(0.995, ge=0, le=1)
+    queue_size: int = Field(65536, ge=0)
+    temperature: float = Field(0.07, gt=0)
+    itc_only: float = Field(0.0, ge=0, le=1)  # first share of the steps that trains ITC alone (cheap)
+
+
+class TrainConfig(Section):
+    """Optimisation, length and bookkeeping of a run."""
+
+    epochs: int = Field(30, ge=1)
+    max_steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(64, ge=1)
+    accumulate: int = Field(1, ge=1)
+    lr: float = Field(1e-5, gt=0)
+    head_lr: float = Field(1e-4, gt=0)  # heads and layers that start new
+    min_lr: float = Field(1e-6, ge=0)
+    weight_decay: float = Field(0.02, ge=0)
+    warmup: float = Field(0.05, ge=0, le=1)  # share of the steps
+    clip: float = Field(1.0, gt=0)
+    seed: int = Field(0, ge=0)
+    checkpoint_every: int = Field(0, ge=0)  # steps; 0: at each epoch's end only
+    keep: int = Field(2, ge=1)  # resumable checkpoints kept
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    init: str = "scratch"  # scratch, shipped, a model folder, or a reference checkpoint such as ALBEF.pth
+    image_weights: str | None = None  # for init scratch: a weights file of model.image_model, or `hub`
+    text_model: str | None = None  # for init scratch: a BERT by hub name or folder; brings its tokenizer
+
+
+class EvalConfig(Section):
+    """The two-stage protocol (docs/evaluation.md)."""
+
+    rerank: int = Field(128, ge=0)  # 0: cosine only
+    tail: Literal["itc", "reference"] = "itc"
+    batch_size: int = Field(64, ge=1)
+    every: int = Field(1, ge=1)  # validate each so many epochs
+    bootstrap: int = Field(1000, ge=0)  # resamples for the intervals
+
+
+class RunConfig(Section):
+    """Everything a training run is made from; `config.toml` of a run folder holds it resolved."""
+
+    preset: Literal["tiny", "small", "base"] = "tiny"
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    masking: MaskingConfig = MaskingConfig()
+    tem: TemConfig = TemConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The sample data set on two CPU cores; no downloads.
+    "tiny": {
+        "model": {
+            "image_size": [128, 64], "stem": "conv", "patch": 8, "image_width": 96, "image_depth": 3,
+            "image_heads": 3, "text_width": 96, "text_heads": 3, "text_mlp": 384, "text_layers": 2,
+            "fusion_layers": 2, "embed_dim": 96, "max_positions": 80, "dropout": 0.0,
+            "text": {"max_tokens": 72},
+        },
+        "objective": {"queue_size": 1024, "momentum": 0.99, "alpha": 0.2, "itc_only": 0.4},
+        "train": {"epochs": 8, "batch_size": 64, "lr": 1e-3, "head_lr": 1e-3, "min_lr": 1e-5},
+        "eval": {"rerank": 16, "batch_size": 128},
+    },
+    # timm ViT-S with a 384-wide BERT split 3 + 3; one GPU, or patience.
+    "small": {
+        "model": {
+            "image_model": "vit_small_patch14_dinov2", "image_size": [224, 112], "patch": 14,
+            "image_width": 384, "image_depth": 12, "image_heads": 6, "text_width": 384, "text_heads": 12,
+            "text_mlp": 1536, "text_layers": 3, "fusion_layers": 3, "embed_dim": 256, "max_positions": 512,
+        },
+        "objective": {"queue_size": 16384},
+        "train": {"epochs": 30, "batch_size": 32, "lr": 5e-5, "head_lr": 2e-4},
+    },
+    # ViT-B/16 at 384 with BERT-base split 6 + 6: the paper's family, RaSa's training settings.
+    "base": {
+        "model": {
+            "image_size": [384, 384], "patch": 16, "image_width": 768, "image_depth": 12, "image_heads": 12,
+            "text_width": 768, "text_heads": 12, "text_mlp": 3072, "text_layers": 6, "fusion_layers": 6,
+            "embed_dim": 256, "max_positions": 512, "vocab_size": 30522,
+            "text": {"sep": False, "cleanup": "albef", "max_words": 50},
+        },
+        "train": {"epochs": 30, "batch_size": 13, "accumulate": 4},
+    },
+}  # fmt: skip
+
+
+def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file; UsageError when it is missing or broken."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"Cannot read {path}: {error.strerror}", "Check --config.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}", "aga train --print-config shows a valid one.") from error
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`section.key=value` as nested dicts; the value is TOML, or a plain string where it is not valid TOML."""
+    dotted, separator, raw = text.partition("=")
+    keys = dotted.strip().split(".")
+    if not separator or len(keys) < 2 or not all(keys):
+        raise UsageError(f"--set {text!r} is not section.key=value", "For example --set masking.ratio=0.25")
+    try:
+        value: Any = tomllib.loads(f"value = {raw.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
+def build_config(*layers: dict[str, Any], preset: str | None = None) -> RunConfig:
+    """Merge preset < layers (later wins) and validate. UsageError names the key and what is wrong with it."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = _merge(merged, layer)
+    name = preset or merged.get("preset", "tiny")
+    if name not in PRESETS:
+        raise UsageError(f"Unknown preset {name!r}", f"Choose one of: {', '.join(PRESETS)}.")
+    merged = _merge(_merge(PRESETS[name], merged), {"preset": name})
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UsageError(
+            f"Configuration key {where}: {first['msg']} (got {first.get('input')!r})",
+            "aga train --print-config shows every key with its value.",
+        ) from error
+
+
+def to_toml(config: RunConfig) -> str:
+    """The configuration as TOML, re-runnable with --config."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))

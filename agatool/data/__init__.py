@@ -1,0 +1,1 @@
+"""Data sets: reading, checking, preparing, sampling, and the synthetic sample."""

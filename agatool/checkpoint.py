@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from agatool import __version__
+from agatool import __version__, console
 from agatool.config import ModelConfig
 from agatool.errors import CheckpointError, DiskError
 from agatool.files import atomic_folder, recover_folder, write_json
@@ -21,6 +22,8 @@ from agatool.model import PersonSearchModel
 from agatool.tokenization import load_tokenizer
 
 FORMAT = 1  # of config.json; a newer one is refused
+TEACHER_FILE = "teacher.safetensors"  # beside model.safetensors: a momentum copy to continue training with
+NAMES_TOLD = 12  # names of tensors in an error
 
 
 def write_model(folder: Path, model: PersonSearchModel, card: str) -> None:
@@ -38,11 +41,18 @@ def save_model(folder: Path, model: PersonSearchModel, card: str) -> None:
 
 
 def load(path: str | Path) -> PersonSearchModel:
-    """Open a model folder: the model in eval mode on CPU, its `tokenizer` with it.
+    """Open a model folder, or a checkpoint file of ALBEF or RaSa: the model in eval mode on CPU, with its `tokenizer`.
 
-    Raises CheckpointError for whatever is missing, damaged or does not fit.
+    A file is converted on the way, as `aga convert` does without options. Raises CheckpointError for whatever is
+    missing, damaged or does not fit.
     """
     folder = Path(path)
+    if folder.is_file():
+        from agatool.convert import open_reference, report
+
+        converted = open_reference(folder)
+        report(converted)
+        return converted.model
     recover_folder(folder)
     config = read_model_config(folder)
     try:
@@ -56,7 +66,26 @@ def load(path: str | Path) -> PersonSearchModel:
             f"{folder}: the tokenizer has {model.tokenizer.vocab_size} entries, the model {config.vocab_size}",
             "Tokenizer and weights come from different models; copy the folder again.",
         )
+    warn_untrained(model)
     return model.eval()
+
+
+def warn_untrained(model: PersonSearchModel) -> None:
+    """Say which parameters a converted checkpoint did not bring."""
+    if names := model.config.untrained:
+        console.warn(
+            f"{', '.join(names)} are not trained: the checkpoint had no such weights. Train before using them."
+        )
+
+
+def load_teacher(folder: Path, model: PersonSearchModel) -> dict[str, Tensor] | None:
+    """The momentum copy in a model folder, or None where it has none. Raises CheckpointError if it does not fit."""
+    file = folder / TEACHER_FILE
+    if not file.exists():
+        return None
+    tensors = read_tensors(file)
+    check_state(model, tensors, file)
+    return tensors
 
 
 def read_model_config(folder: Path) -> ModelConfig:
@@ -97,18 +126,36 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def load_state(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
     """Strict load: every tensor must be there, fit, and be used. Raises CheckpointError naming what does not."""
-    wanted = module.state_dict()
-    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    misshapen = [k for k in wanted.keys() & tensors.keys() if wanted[k].shape != tensors[k].shape]
-    problems = [("missing", missing), ("unknown", extra), ("of another shape", sorted(misshapen))]
-    told = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
-        for what, names in problems
-        if names
-    ]
-    if told:
-        raise CheckpointError(f"{source} does not fit the model: {'; '.join(told)}", "Is it the right checkpoint?")
+    check_state(module, tensors, source)
     module.load_state_dict(tensors)
+
+
+def check_state(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+    """CheckpointError unless the tensors are the module's, by name and shape."""
+    check_tensors(tensors, {name: tensor.shape for name, tensor in module.state_dict().items()}, source)
+
+
+def check_tensors(tensors: dict[str, Tensor], wanted: dict[str, torch.Size], source: Path) -> None:
+    """CheckpointError unless exactly the wanted tensors are there, each of its shape."""
+    shared = wanted.keys() & tensors.keys()
+    problems = told(
+        {
+            "missing": wanted.keys() - tensors.keys(),
+            "unknown": tensors.keys() - wanted.keys(),
+            "of another shape": {name for name in shared if wanted[name] != tensors[name].shape},
+        }
+    )
+    if problems:
+        raise CheckpointError(f"{source} does not fit the model: {problems}", "Is it the right checkpoint?")
+
+
+def told(problems: dict[str, Set[str]]) -> str:
+    """What is wrong -> names, as one line: all names where they are few, else the first."""
+    return "; ".join(
+        f"{len(names)} {what} ({', '.join(sorted(names)[:NAMES_TOLD])}{', ...' if len(names) > NAMES_TOLD else ''})"
+        for what, names in problems.items()
+        if names
+    )
 
 
 def save_checkpoint(

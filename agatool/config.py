@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +53,7 @@ class ModelConfig(Section):
     dropout: float = Field(0.1, ge=0, lt=1)
     embed_dim: int = Field(96, ge=1)
     text: TextConvention = TextConvention()
+    untrained: tuple[str, ...] = ()  # parameters that a converted checkpoint did not bring
 
 
 class DataConfig(Section):
@@ -120,7 +122,7 @@ class TrainConfig(Section):
     keep: int = Field(2, ge=1)  # resumable checkpoints kept
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    init: str = "scratch"  # scratch, shipped, a model folder, or a reference checkpoint such as ALBEF.pth
+    init: str = "auto"  # scratch, shipped, a model folder, a checkpoint such as ALBEF.pth; auto: see `plan_run`
     image_weights: str | None = None  # for init scratch: a weights file of model.image_model, or `hub`
     text_model: str | None = None  # for init scratch: a BERT by hub name or folder; brings its tokenizer
 
@@ -212,9 +214,7 @@ def parse_override(text: str) -> dict[str, Any]:
         value: Any = tomllib.loads(f"value = {raw.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         value = raw.strip()
-    for key in reversed(keys):
-        value = {key: value}
-    return value
+    return _nested(dotted.strip(), value)
 
 
 def build_config(*layers: dict[str, Any], preset: str | None = None) -> RunConfig:
@@ -235,6 +235,42 @@ def build_config(*layers: dict[str, Any], preset: str | None = None) -> RunConfi
             f"Configuration key {where}: {first['msg']} (got {first.get('input')!r})",
             "aga train --print-config shows every key with its value.",
         ) from error
+
+
+def plan_run(
+    given: dict[str, Any], file: Path | None = None, overrides: Sequence[str] = (), stored: Path | None = None
+) -> RunConfig:
+    """The configuration of a run: preset < file (or the resumed run's `stored` one) < options < --set.
+
+    `given` maps `section.key` to an option's value, None where it was left out. What depends on other keys is filled
+    in: data.dir is data/NAME, and train.init is `shipped` for the sample with the tiny preset as it is, else `scratch`.
+    """
+    layers = [read_toml(path) for path in (stored, file) if path is not None]
+    for key, value in given.items():
+        if value is not None:
+            layers.append(_nested(key, value))
+    layers += [parse_override(text) for text in overrides]
+    config = build_config(*layers)
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = _merge(merged, layer)
+    if "dir" not in merged.get("data", {}):
+        config = _replace(config, "data", dir=f"data/{config.data.dataset}")
+    if config.train.init == "auto":
+        as_shipped = config.preset == "tiny" and config.model == build_config(preset="tiny").model
+        init = "shipped" if config.data.dataset == "sample" and as_shipped else "scratch"
+        config = _replace(config, "train", init=init)
+    return config
+
+
+def _nested(dotted: str, value: Any) -> dict[str, Any]:
+    for key in reversed(dotted.split(".")):
+        value = {key: value}
+    return value
+
+
+def _replace(config: RunConfig, section: str, **values: Any) -> RunConfig:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
 
 def to_toml(config: RunConfig) -> str:

@@ -89,13 +89,13 @@ def _membership(unit_of_BL: Tensor) -> Tensor:
 
 
 def word_scores(scores_BL: Tensor, word_of_BL: Tensor) -> Tensor:
-    """Token scores -> word scores, (B, U), that sum to one in each caption.
+    """Token scores -> word scores, (B, U) float32, that sum to one in each caption.
 
     A word's score is the sum over its pieces. Tokens outside every word (specials, padding, punctuation) count
     as zero before normalising. A caption without any score gets zeros.
     """
     # A masked sum, because scatter_add on a GPU adds in an order that differs from run to run.
-    summed_BU = (scores_BL[:, :, None] * _membership(word_of_BL)).sum(1)
+    summed_BU = (scores_BL.float()[:, :, None] * _membership(word_of_BL)).sum(1)
     total_B1 = summed_BU.sum(1, keepdim=True)
     return summed_BU / total_B1.masked_fill(total_B1 == 0, 1)
 

@@ -122,6 +122,7 @@ class Objective(nn.Module):
         ids = batch.text.ids
         if phase.tem:
             ids, report = self._enrich(batch, masked, soft_SV, generator)
+        report["masked_ratio"] = masked.ratio
 
         image = self.student.encode_image(batch.images)
         both = self.student.encode_text(torch.cat([ids, masked.ids]), torch.cat([batch.text.mask] * 2))

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONTINUATION = "##"
-MAX_FILE_BYTES = 64 * 1024**2  # BERT's multilingual tokenizer.json has 3 MB
+UNUSED = "[unused{}]"  # an entry without a word; BERT has a thousand
+BERT_IDS = (0, 100, 101, 102, 103)  # of SPECIAL in BERT's English vocabularies
+MAX_FILE_BYTES = 64 * 1024**2  # of a tokenizer file; BERT's have a few MB at most
 
 Span = tuple[int, int]  # (start, end) character offsets, end excluded
 
@@ -52,13 +54,13 @@ STOP_WORDS = frozenset(
     own i me my mine myself you your yours yourself yourselves he him his himself she her hers herself
     it its itself we us our ours ourselves they them their theirs themselves who whom whose which what
     someone something am is are was were be been being do does did doing done have has had having can
-    could may might must shall should will would ca wo ain and or nor but so yet if because as while
+    could may might must shall should will would ca wo ai and or nor but so yet if because as while
     whereas although though unless until than then when where whether of in on at by for with without
     within about against between into onto through during before after above below to from up down out
     off over under around across along near behind beside besides upon toward towards via per like
     unlike among beneath underneath there here how why also too very just only not no more most much
     many few less least again further once even quite rather really
-    """.split()  # noqa: SIM905 - a list of 190 quoted words reads worse
+    """.split()  # noqa: SIM905 - a list of quoted words reads worse
 )
 _CLITIC = re.compile(r"(?:n['’]t|['’](?:s|re|ve|ll|d|m))$")
 
@@ -117,8 +119,23 @@ class Tokenizer:
         # Without added tokens, post-processor, truncation and padding: a "[MASK]" typed in a caption is text.
         self._pieces = _assemble(backend.model, backend.normalizer)
 
+    @property
+    def is_placeholder(self) -> bool:
+        """Whether the vocabulary has no word at all, as that of a checkpoint converted without one."""
+        return UNUSED.format(0) in self._vocabulary and all(
+            piece in SPECIAL or piece.startswith("[unused") for piece in self._vocabulary
+        )
+
     def encode(self, captions: Sequence[str]) -> list[Encoding]:
-        """Encode captions, cut to the convention's `max_words` and `max_tokens`."""
+        """Encode captions, cut to the convention's `max_words` and `max_tokens`.
+
+        Raises CheckpointError where the vocabulary is a placeholder: every word would be [UNK].
+        """
+        if self.is_placeholder:
+            raise CheckpointError(
+                "This model has no vocabulary: it was converted without a tokenizer and cannot read text",
+                "Convert the checkpoint again with --tokenizer FILE (docs/interop.md).",
+            )
         originals = [_SURROGATE.sub("\ufffd", caption) for caption in captions]
         cleaned = [self._clean(caption) for caption in originals]
         encoded = self._pieces.encode_batch([text for text, _ in cleaned], add_special_tokens=False)
@@ -355,6 +372,28 @@ def _with_special(vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
     backend = _assemble(model, normalizers.BertNormalizer(lowercase=True))
     backend.add_special_tokens([name for name in SPECIAL if name in vocabulary])
     return backend
+
+
+def placeholder_tokenizer(vocab_size: int, bert_ids: bool) -> tokenizers.Tokenizer:
+    """A vocabulary of special tokens and unused entries, for weights that come without theirs; ids mean the same.
+
+    The special tokens are at BERT's ids, or at 0 to 4.
+    """
+    special = dict(zip(BERT_IDS if bert_ids else range(len(SPECIAL)), SPECIAL, strict=True))
+    others = (token_id for token_id in range(vocab_size) if token_id not in special)
+    unused = {UNUSED.format(number): token_id for number, token_id in enumerate(others)}
+    return _with_special({piece: token_id for token_id, piece in special.items()} | unused)
+
+
+def cached_tokenizer(name: str) -> tokenizers.Tokenizer | None:
+    """The tokenizer of a hub entry if it is in the local cache; never goes to the network."""
+    import huggingface_hub
+
+    for file in ("tokenizer.json", "vocab.txt"):
+        found = huggingface_hub.try_to_load_from_cache(name, file)
+        if isinstance(found, str):
+            return load_tokenizer_file(found)
+    return None
 
 
 def _fetch(name: str) -> Path:

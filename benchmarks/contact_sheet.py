@@ -1,4 +1,4 @@
-"""Draws 40 images of a data set in RSTPReid's layout with their captions below: python contact_sheet.py DATA_DIR OUT.jpg"""
+"""Draws 40 pictures of a data set in RSTPReid's layout with captions: contact_sheet.py DATA_DIR OUT.jpg."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 COLUMNS, ROWS = 8, 5
 PICTURE, CELL, MARGIN = (156, 312), (200, 446), 8
-FONT_SIZE, LINE, CHARACTERS, LINES = 12, 13, 34, 9
+FONT_SIZE, LINE, CHARACTERS, LINES = 12, 13, 30, 9
 
 
 def contact_sheet(data: Path, out: Path) -> None:

@@ -410,7 +410,7 @@ class _Table:
 
 
 def _containment(root: Path) -> Callable[[str], None]:
-    """A check that a path stays inside `root`; a folder is resolved once, so 50,000 images cost under a second."""
+    """A check that a path stays inside `root`; each folder is resolved once, for there may be 50,000 images."""
     safe: set[PurePosixPath] = set()
 
     def check(path: str) -> None:
@@ -455,9 +455,7 @@ def _parse_all(form: DatasetFormat, sources: list[Path], dropped: list[Dropped])
     return parsed
 
 
-def _settle_splits(
-    form: DatasetFormat, source: Path, parsed: list[tuple[str, Record]]
-) -> list[tuple[str, Record]]:
+def _settle_splits(form: DatasetFormat, source: Path, parsed: list[tuple[str, Record]]) -> list[tuple[str, Record]]:
     """Where no record at all says its split: an error for a benchmark, a test set for one's own data."""
     if any(record.split for _, record in parsed):
         return parsed

@@ -23,8 +23,8 @@ MAX_PIXELS = 64 * 1024**2  # a person crop has a few hundred thousand
 _ERASE_AREA, _ERASE_ASPECT = (0.02, 0.33), (0.3, 3.3)  # Zhong et al. 2020
 _HINT = "Download the file again or take its record out."
 
-# Pillow warns above a limit of its own before `_checked` has refused the image; the refusal is the message.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow warns about odd metadata, and about size before `_checked` refuses it; our error is the message.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _open_regular(path: Path) -> BinaryIO:
@@ -68,9 +68,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             kinds = ", ".join(FORMATS)
             raise DataError(f"Cannot read image {path}: not a {kinds} image", _HINT) from error
         except Image.DecompressionBombError as error:
-            raise DataError(
-                f"Cannot read image {path}: more than {MAX_PIXELS >> 20} million pixels", _HINT
-            ) from error
+            raise DataError(f"Cannot read image {path}: more than {MAX_PIXELS >> 20} million pixels", _HINT) from error
         except Exception as error:  # a decoder fed hostile bytes raises nearly anything
             reason = str(error) or type(error).__name__
             raise DataError(f"Cannot read image {path}: {reason}", _HINT) from error

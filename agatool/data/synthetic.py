@@ -16,10 +16,15 @@ import csv
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import signal
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +32,8 @@ import numpy as np
 from PIL import Image
 
 from agatool.data.captioning import describe
-from agatool.data.rendering import COLORS, HAIR_COLORS, PARTS, SKIN_TONES, Render, render, wardrobe
+from agatool.data.figure import COLORS, HAIR_COLORS, PARTS, SKIN_TONES
+from agatool.data.rendering import Render, render, wardrobe
 from agatool.files import atomic_folder
 
 SCHEMA_VERSION = 1
@@ -37,37 +43,45 @@ JPEG_QUALITY = 90
 CHUNK = 10  # identities a worker does in one go
 SPLITS = ("train", "val", "test")
 
+Weights = dict[str, float]
+
 # Values and how common they are; in the order in which identities.csv shows them.
-CLOTH = {"black": 14, "white": 11, "gray": 8, "red": 9, "blue": 9, "green": 8, "yellow": 6, "orange": 5, "purple": 6,
-         "pink": 6, "brown": 6, "beige": 5, "navy": 6, "teal": 5, "khaki": 5}  # fmt: skip
-DENIM = {"blue": 5, "navy": 3, "black": 3, "gray": 2, "white": 1}
-LEATHER = {"black": 5, "white": 5, "brown": 4, "gray": 2, "red": 2, "blue": 1, "navy": 1, "beige": 1, "pink": 1,
-           "yellow": 1, "green": 1}  # fmt: skip
-HAIR_LENGTHS = {
+CLOTH: Weights = {"black": 14, "white": 11, "gray": 8, "red": 9, "blue": 9, "green": 8, "yellow": 6, "orange": 5,
+                  "purple": 6, "pink": 6, "brown": 6, "beige": 5, "navy": 6, "teal": 5, "khaki": 5}  # fmt: skip
+DENIM: Weights = {"blue": 5, "navy": 3, "black": 3, "gray": 2, "white": 1}
+LEATHER: Weights = {"black": 5, "white": 5, "brown": 4, "gray": 2, "red": 2, "blue": 1, "navy": 1, "beige": 1,
+                    "pink": 1, "yellow": 1, "green": 1}  # fmt: skip
+HAIR_COLOR: Weights = {"black": 4, "brown": 3, "blond": 3, "gray": 2, "red": 2}
+HAIR_LENGTH: dict[str, Weights] = {
     "man": {"bald": 1, "short": 7, "shoulder-length": 1, "ponytail": 0.5},
     "woman": {"short": 2, "shoulder-length": 3, "long": 3, "ponytail": 3, "bun": 2},
 }
-TOP_TYPES = {"t-shirt": 5, "shirt": 4, "sweater": 3, "hoodie": 4, "jacket": 5, "coat": 3, "vest": 2}
-BOTTOM_TYPES = {"trousers": 5, "jeans": 5, "shorts": 3}
-FEMALE_GARMENTS = {"dress": 4, "skirt": 4}
-PATTERNS = {"plain": 10, "striped": 3, "checked": 3, "logo": 2}
-SHOE_TYPES = {"sneakers": 5, "loafers": 3, "boots": 3, "sandals": 2}
-BAG_TYPES = {"none": 4, "backpack": 3, "handbag": 2, "shoulder-bag": 3, "suitcase": 1}
-HAT_TYPES = {"none": 7, "cap": 1.5, "beanie": 1, "hat": 1}
-GLASSES = {"none": 7, "glasses": 2, "sunglasses": 1.5}
+TOP: Weights = {"t-shirt": 5, "shirt": 4, "sweater": 3, "hoodie": 4, "jacket": 5, "coat": 3, "vest": 2}
+TOP_TYPE = {"man": TOP, "woman": {**TOP, "dress": 4}}
+BOTTOM: Weights = {"trousers": 5, "jeans": 5, "shorts": 3}
+BOTTOM_TYPE = {"man": BOTTOM, "woman": {**BOTTOM, "skirt": 4}}
+PATTERN: Weights = {"plain": 10, "striped": 3, "checked": 3, "logo": 2}
+SHOE_TYPE: Weights = {"sneakers": 5, "loafers": 3, "boots": 3, "sandals": 2}
+BAG_TYPE: Weights = {"none": 4, "backpack": 3, "handbag": 2, "shoulder-bag": 3, "suitcase": 1}
+HAT_TYPE: Weights = {"none": 7, "cap": 1.5, "beanie": 1, "hat": 1}
+GLASSES: Weights = {"none": 7, "glasses": 2, "sunglasses": 1.5}
+IN_HAND: Weights = {"nothing": 8, "umbrella": 1, "phone": 1.2}
+SCARF_SHARE, OPEN_SHARE = 0.12, 0.6  # of people wear a scarf; of jackets and coats are open
 
-# What a twin may differ in, and what an annotator may mistake one value of for another.
+# What an annotator may mistake one value of for another, and what a twin's value may become.
 VALUES: dict[str, Sequence[str]] = {
+    "build": ("slim", "heavy"),
+    "stature": ("short", "tall"),
     "hair_length": ("short", "shoulder-length", "long", "ponytail", "bun"),
     "hair_color": tuple(HAIR_COLORS),
-    "top_type": tuple(TOP_TYPES),
+    "top_type": tuple(TOP),
     "top_color": tuple(COLORS),
-    "top_pattern": ("striped", "checked"),  # a logo is a noun, and taken for nothing else
+    "top_pattern": ("striped", "checked"),
     "pattern_color": tuple(COLORS),
     "inner_color": tuple(COLORS),
-    "bottom_type": tuple(BOTTOM_TYPES),
+    "bottom_type": tuple(BOTTOM),
     "bottom_color": tuple(COLORS),
-    "shoe_type": tuple(SHOE_TYPES),
+    "shoe_type": tuple(SHOE_TYPE),
     "shoe_color": tuple(LEATHER),
     "bag_type": ("backpack", "handbag", "shoulder-bag", "suitcase"),
     "bag_color": tuple(COLORS),
@@ -113,6 +127,9 @@ class Person:
     twin_attribute: str = ""
 
 
+Written = tuple[list[dict[str, Any]], list[tuple[object, ...]]]  # records of the JSON, rows of captions.csv
+
+
 def write_sample(
     out: Path, spec: SampleSpec, workers: int | None = None, progress: Callable[[int], None] | None = None
 ) -> None:
@@ -124,24 +141,50 @@ def write_sample(
     """
     _check(spec)
     persons = people(spec)
-    chunks = [persons[start : start + CHUNK] for start in range(0, len(persons), CHUNK)]
-    workers = min(workers or len(os.sched_getaffinity(0)), len(chunks))
     records: list[dict[str, Any]] = []
     rows: list[tuple[object, ...]] = []
     with atomic_folder(Path(out)) as folder:
         (folder / "imgs").mkdir()
         (folder / "truth" / "parts").mkdir(parents=True)
-        # Fresh processes: a fork of a process that runs torch's threads can hang.
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) if workers > 1 else nullcontext()
-        with pool as executor:
-            run = executor.map if executor else map
-            results = run(_write_people, chunks, [spec] * len(chunks), [folder] * len(chunks))
-            for chunk_records, chunk_rows in results:
-                records += chunk_records
-                rows += chunk_rows
+        with closing(_rendered(persons, spec, folder, workers)) as results:
+            for some_records, some_rows in results:
+                records += some_records
+                rows += some_rows
                 if progress:
                     progress(len(records))
         _write_tables(folder, spec, persons, records, rows)
+
+
+def _rendered(
+    persons: Sequence[Person], spec: SampleSpec, folder: Path, workers: int | None
+) -> Generator[Written, None, None]:
+    """Have the images written, chunk by chunk in order, by `workers` processes."""
+    chunks = [persons[start : start + CHUNK] for start in range(0, len(persons), CHUNK)]
+    workers = min(workers or len(os.sched_getaffinity(0)), len(chunks))
+    job = partial(_write_people, spec=spec, folder=folder)
+    if workers == 1:
+        yield from map(job, chunks)
+        return
+    # Fresh processes: the fork of a process that runs torch's threads can hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_follow_parent) as pool:
+        try:
+            yield from pool.map(job, chunks)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _follow_parent() -> None:
+    """Leave Ctrl-C to the parent, and never outlive it, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def people(spec: SampleSpec) -> list[Person]:
@@ -169,29 +212,25 @@ def _check(spec: SampleSpec) -> None:
         raise ValueError("Crops below 64 x 32 pixels show no details.")
 
 
-def _draw(rng: np.random.Generator, weights: Mapping[str, float]) -> str:
-    total = np.cumsum(list(weights.values()))
-    return list(weights)[int(np.searchsorted(total, rng.random() * total[-1], side="right"))]
+def _draw(rng: np.random.Generator, weights: Weights) -> str:
+    bounds = list(accumulate(weights.values()))
+    return list(weights)[bisect_right(bounds, rng.random() * bounds[-1])]
 
 
 def _invent(rng: np.random.Generator) -> dict[str, str]:
     """A random person whose things go together; "none" where there is nothing to speak of."""
     gender = _draw(rng, {"man": 1, "woman": 1})
-    woman = gender == "woman"
-    top = _draw(rng, TOP_TYPES | ({"dress": FEMALE_GARMENTS["dress"]} if woman else {}))
-    bottom = _draw(rng, BOTTOM_TYPES | ({"skirt": FEMALE_GARMENTS["skirt"]} if woman else {}))
+    top, bottom = _draw(rng, TOP_TYPE[gender]), _draw(rng, BOTTOM_TYPE[gender])
     if top == "dress":
         bottom = "none"
-    hair = _draw(rng, HAIR_LENGTHS[gender])
-    top_color = _draw(rng, CLOTH)
-    pattern = _draw(rng, PATTERNS)
-    bag, hat = _draw(rng, BAG_TYPES), _draw(rng, HAT_TYPES)
-    opened = top in ("jacket", "coat") and rng.random() < 0.6
-    hands = _draw(rng, {"none": 8, "umbrella": 1, "phone": 1.2})
+    hair = _draw(rng, HAIR_LENGTH[gender])
+    top_color, pattern = _draw(rng, CLOTH), _draw(rng, PATTERN)
+    bag, hat, hands = _draw(rng, BAG_TYPE), _draw(rng, HAT_TYPE), _draw(rng, IN_HAND)
+    opened = top in ("jacket", "coat") and rng.random() < OPEN_SHARE
     if hair in ("bun", "bald"):
-        hat = "none"  # a hat would hide the bun, and nobody would know of the bald head
+        hat = "none"  # it would hide the bun, and nobody would know of the bald head
 
-    def color(there: bool, weights: Mapping[str, float], but: str = "") -> str:
+    def color(there: bool, weights: Weights, but: str = "") -> str:
         return _draw(rng, {name: share for name, share in weights.items() if name != but}) if there else "none"
 
     return {
@@ -200,7 +239,7 @@ def _invent(rng: np.random.Generator) -> dict[str, str]:
         "stature": _draw(rng, {"short": 1, "average": 2, "tall": 1}),
         "skin": _draw(rng, dict.fromkeys(SKIN_TONES, 1)),
         "hair_length": hair,
-        "hair_color": color(hair != "bald", {"black": 4, "brown": 3, "blond": 3, "gray": 2, "red": 2}),
+        "hair_color": color(hair != "bald", HAIR_COLOR),
         "top_type": top,
         "top_color": top_color,
         "top_pattern": pattern,
@@ -208,7 +247,7 @@ def _invent(rng: np.random.Generator) -> dict[str, str]:
         "inner_color": color(opened, CLOTH, top_color),
         "bottom_type": bottom,
         "bottom_color": color(bottom != "none", DENIM if bottom == "jeans" else CLOTH),
-        "shoe_type": _draw(rng, SHOE_TYPES),
+        "shoe_type": _draw(rng, SHOE_TYPE),
         "shoe_color": color(True, LEATHER),
         "bag_type": bag,
         "bag_color": color(bag != "none", CLOTH),
@@ -217,35 +256,38 @@ def _invent(rng: np.random.Generator) -> dict[str, str]:
         "glasses": _draw(rng, GLASSES),
         "umbrella_color": color(hands == "umbrella", CLOTH),
         "phone": "phone" if hands == "phone" else "none",
-        "scarf_color": color(rng.random() < 0.12, CLOTH),
+        "scarf_color": color(rng.random() < SCARF_SHARE, CLOTH),
     }
 
 
 def _twin(model: Person, number: int, rng: np.random.Generator) -> Person:
-    """A copy of `model` with one attribute changed to another value that it can have."""
+    """A copy of `model` with one attribute changed to another value that goes with the rest."""
     a = model.attributes
-    fixed = {"top_type"} if a["top_type"] in ("dress", "jacket", "coat") else set()
-    fixed |= {"bottom_type"} if a["bottom_type"] in ("skirt", "jeans") else set()
-    fixed |= {"hair_length"} if a["gender"] == "man" or a["hat_type"] != "none" else set()
-    free = [name for name in TWIN_ATTRIBUTES if a[name] in VALUES[name] and name not in fixed]
+    kept = set()
+    if a["top_type"] in ("dress", "jacket", "coat"):
+        kept.add("top_type")
+    if a["bottom_type"] == "skirt" or a["bottom_color"] not in DENIM:
+        kept.add("bottom_type")
+    if a["gender"] == "man" or a["hat_type"] != "none":
+        kept.add("hair_length")
+    free = [name for name in TWIN_ATTRIBUTES if a[name] in VALUES[name] and name not in kept]
     name = free[int(rng.integers(len(free)))]
-    taken = {a[name], a["pattern_color"], a["inner_color"]} if name == "top_color" else {a[name]}
-    options = [value for value in VALUES[name] if value not in taken]
-    if name == "bottom_type":
-        options = [value for value in options if value != "jeans"]
-    if name == "top_type":
-        options = [value for value in options if value not in ("jacket", "coat")]
-    if name == "bottom_color" and a["bottom_type"] == "jeans":
-        options = [value for value in options if value in DENIM]
+    barred = {a[name]}
+    if name == "top_color":
+        barred |= {a["pattern_color"], a["inner_color"]}
+    elif name == "top_type":
+        barred |= {"jacket", "coat"}
+    elif name == "bottom_color" and a["bottom_type"] == "jeans":
+        barred |= set(COLORS) - set(DENIM)
+    options = [value for value in VALUES[name] if value not in barred]
     changed = {**a, name: options[int(rng.integers(len(options)))]}
     return Person(number, model.split, changed, str(model.id), name)
 
 
-def _write_people(
-    persons: Sequence[Person], spec: SampleSpec, folder: Path
-) -> tuple[list[dict[str, Any]], list[tuple[object, ...]]]:
+def _write_people(persons: Sequence[Person], spec: SampleSpec, folder: Path) -> Written:
     """A worker's job: these people's images and masks; returns their records and truth rows."""
-    records, rows = [], []
+    records: list[dict[str, Any]] = []
+    rows: list[tuple[object, ...]] = []
     for person in persons:
         for name, picture in _pictures(person, spec):
             rng = np.random.default_rng([spec.seed, person.id, CAMERAS, int(name[-8:-4])])

@@ -1,0 +1,390 @@
+"""The `aga` command: Typer signatures and help only. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from agatool import __version__, console
+from agatool.errors import INTERRUPTED, MEMORY, AgatoolError, DiskError, UsageError
+
+DATA, MODELS = "Data", "Models"
+
+app = typer.Typer(
+    name="aga",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Text-based person search with Attention-Guided Alignment.\n\n"
+    "Try it: [bold]aga train --dataset sample[/] trains and evaluates on synthetic people, on any machine.",
+)
+
+
+class Preset(StrEnum):
+    """Model sizes."""
+
+    tiny = "tiny"
+    small = "small"
+    base = "base"
+
+
+class Device(StrEnum):
+    """Where to compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Precision(StrEnum):
+    """In what to compute."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Direction(StrEnum):
+    """Who searches whom."""
+
+    t2i = "t2i"
+    i2t = "i2t"
+    both = "both"
+
+
+class Tail(StrEnum):
+    """The order past the re-ranked candidates."""
+
+    itc = "itc"
+    reference = "reference"
+
+
+def main() -> None:
+    """Entry point of the console script and of `python -m agatool`."""
+    app()
+
+
+def _reporting(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn every expected failure into one message, one hint and its exit code (docs/cli.md)."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        console.configure(kwargs.get("quiet", False))
+        try:
+            command(*args, **kwargs)
+        except AgatoolError as error:
+            _leave(error, error.message, error.hint, error.exit_code)
+        except KeyboardInterrupt as error:
+            _leave(error, "Interrupted", "", INTERRUPTED)
+        except BrokenPipeError:  # `aga ... | head`: the reader has what it wanted
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise typer.Exit(0) from None
+        except MemoryError as error:
+            _leave(error, "Out of memory", "Use smaller batches or images.", MEMORY)
+        except OSError as error:
+            where = f" {error.filename}" if error.filename else ""
+            reason = error.strerror or str(error)
+            _leave(error, f"{reason}{where}", "Check the path, its permissions and free space.", DiskError.exit_code)
+
+    return wrapped
+
+
+def _leave(error: BaseException, message: str, hint: str, code: int) -> None:
+    if os.environ.get("AGATOOL_DEBUG") == "1":
+        raise error
+    console.error(message, hint)
+    raise typer.Exit(code)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"aga {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+Dataset = Annotated[
+    str,
+    typer.Option(
+        "--dataset",
+        "-d",
+        help="sample, cuhk-pedes, icfg-pedes, rstpreid, rasa, ufine6926 or custom.",
+        rich_help_panel="Data",
+    ),
+]
+DataDir = Annotated[
+    Path | None, typer.Option("--data", help="Prepared folder; default data/NAME.", rich_help_panel="Data")
+]
+Root = Annotated[
+    Path | None,
+    typer.Option(help="Raw data set folder; prepared first if need be. Default $AGATOOL_DATA/NAME.",
+                 rich_help_panel="Data"),
+]  # fmt: skip
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="Model folder, run folder or weights file; default the newest run.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No messages, no tables, no progress.")]
+Json = Annotated[bool, typer.Option("--json", help="The result as one JSON document on stdout.")]
+DeviceOption = Annotated[Device, typer.Option(help="auto is CUDA where there is one.", rich_help_panel="Machine")]
+PrecisionOption = Annotated[
+    Precision, typer.Option(help="auto is bf16 on CUDA, fp32 on a CPU.", rich_help_panel="Machine")
+]
+
+
+@app.command(rich_help_panel=DATA)
+@_reporting
+def prepare(
+    dataset: Dataset = "sample",
+    root: Root = None,
+    out: Annotated[Path | None, typer.Option(help="Prepared folder to write; default data/NAME.")] = None,
+    annotations: Annotated[Path | None, typer.Option(help="Annotation file, where it has another name.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="bert-base-uncased or a folder; default a vocabulary trained on the captions.")
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(min=100, help="Of the vocabulary that is trained.")] = 8000,
+    val_fraction: Annotated[
+        float, typer.Option(min=0.01, max=0.5, help="Share of the train persons held out where there is no val split.")
+    ] = 0.1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the val split, and of the sample's people.")] = 0,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail when anything has to be dropped.")] = False,
+    identities: Annotated[
+        int | None, typer.Option(min=8, help="People to render, divided 15:1:3.", rich_help_panel="Sample data set")
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="Images a person.", rich_help_panel="Sample data set")] = 4,
+    caption_noise: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Chance that an attribute word is wrong.", rich_help_panel="Sample data set"),
+    ] = 0.1,
+    quiet: Quiet = False,
+) -> None:
+    """Check a raw data set and write the prepared folder that the other commands read.
+
+    Examples:
+
+      aga prepare --dataset rstpreid --root ~/RSTPReid
+
+      aga prepare --dataset sample --identities 200 --out data/small
+    """
+    from agatool.data.annotations import dataset_key
+    from agatool.data.prepare import prepare as prepare_raw
+    from agatool.data.prepare import prepare_sample, raw_folder, sample_spec
+
+    name = dataset_key(dataset)
+    folder = out or Path("data") / name
+    options = {"tokenizer": tokenizer, "vocab_size": vocab_size, "val_fraction": val_fraction, "strict": strict}
+    if name == "sample" and root is None:
+        spec = sample_spec(identities, images=images, seed=seed, caption_noise=caption_noise)
+        prepared = prepare_sample(folder, spec, **options)
+    else:
+        prepared = prepare_raw(name, root or raw_folder(name), folder, annotations=annotations, seed=seed, **options)
+    splits = prepared.info["splits"]
+    console.table(
+        f"{prepared.name} in {prepared.folder}",
+        ["split", "persons", "images", "captions"],
+        [
+            [split, *(f"{counts[key]:,}" for key in ("persons", "images", "captions"))]
+            for split, counts in splits.items()
+        ],
+    )
+
+
+@app.command(rich_help_panel=MODELS)
+@_reporting
+def train(
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            "--dataset",
+            "-d",
+            rich_help_panel="Data",
+            help="sample (default), cuhk-pedes, icfg-pedes, rstpreid, rasa, ufine6926 or custom.",
+        ),
+    ] = None,
+    data: DataDir = None,
+    root: Root = None,
+    preset: Annotated[
+        Preset | None, typer.Option(help="tiny: a CPU will do. small, base: a GPU.", rich_help_panel="Model")
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            help="scratch, shipped, a model folder or ALBEF.pth. Default: shipped for the sample, else scratch.",
+            rich_help_panel="Model",
+        ),
+    ] = None,
+    image_model: Annotated[
+        str | None, typer.Option(help="A timm ViT by name, for --init scratch.", rich_help_panel="Model")
+    ] = None,
+    image_weights: Annotated[
+        str | None, typer.Option(help="Its weights: a file, or `hub`.", rich_help_panel="Model")
+    ] = None,
+    text_model: Annotated[
+        str | None, typer.Option(help="A BERT: a folder, or a hub name.", rich_help_panel="Model")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, rich_help_panel="Training")] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="Stop here, whatever --epochs says.", rich_help_panel="Training")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, rich_help_panel="Training")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, rich_help_panel="Training")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A TOML file such as a run's config.toml.", rich_help_panel="Configuration")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="SECTION.KEY=VALUE",
+            help="Any configuration key; may be repeated.",
+            rich_help_panel="Configuration",
+        ),
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Show the configuration and stop.", rich_help_panel="Configuration")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="One step; print the cost; write nothing.", rich_help_panel="Configuration"),
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; default runs/NAME.", rich_help_panel="Run folder")
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue the run in --out (default: the newest).", rich_help_panel="Run folder"),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in --out.", rich_help_panel="Run folder")
+    ] = False,
+    device: Annotated[
+        Device | None, typer.Option(help="auto is CUDA where there is one.", rich_help_panel="Machine")
+    ] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="auto is bf16 on CUDA, fp32 on a CPU.", rich_help_panel="Machine")
+    ] = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a model, choose its best epoch on val, and evaluate it on test.
+
+    Examples:
+
+      aga train --dataset sample
+
+      aga train --dataset rstpreid --root ~/RSTPReid --preset base --init ALBEF.pth
+
+      aga train --dataset sample --init scratch --set masking.ratio=0.25 --out runs/ratio25
+    """  # fmt: skip
+    from agatool.config import plan_run, to_toml
+    from agatool.data.annotations import dataset_key
+    from agatool.runs import claim, fresh_run, newest_run
+
+    name = dataset_key(dataset) if dataset else None
+    folder = out or (newest_run(name or "") if resume else None)
+    if resume and folder is None:
+        raise UsageError("There is no run to resume below runs/", "Give its folder with --out.")
+    stored = folder / "config.toml" if resume and folder else None
+    if stored is not None and not stored.is_file():
+        raise UsageError(f"There is no run to resume in {folder}", "Leave out --resume, or give another --out.")
+    given = {
+        "preset": preset, "data.dataset": name, "data.dir": str(data) if data else None, "train.init": init,
+        "model.image_model": image_model, "train.image_weights": image_weights, "train.text_model": text_model,
+        "train.epochs": epochs, "train.max_steps": max_steps, "train.batch_size": batch_size, "train.seed": seed,
+        "train.device": device, "train.precision": precision,
+    }  # fmt: skip
+    settings = plan_run(given, config, overrides or (), stored)
+    if print_config:
+        console.result(to_toml(settings).rstrip())
+        return
+    folder = folder or fresh_run(settings.data.dataset)
+    if not dry_run:
+        claim(folder, resume, overwrite)
+
+    from agatool.data.prepare import find_data
+
+    prepared = find_data(settings.data.dataset, Path(settings.data.dir), root)
+    if dry_run:
+        from agatool.cost import estimate
+
+        console.table("One step, measured; nothing was written", ["", ""], estimate(settings, prepared))
+        return
+    from agatool.train import run
+
+    _show_metrics(run(settings, prepared, folder, resume), folder, json_)
+
+
+@app.command("eval", rich_help_panel=MODELS)
+@_reporting
+def evaluate(
+    checkpoint: Checkpoint = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", "-d", help="Default: what the model was trained on.")
+    ] = None,
+    data: DataDir = None,
+    root: Root = None,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    rerank: Annotated[
+        int | None, typer.Option(min=0, help="Candidates re-ranked by ITM, 0 for cosine alone. Default 128.")
+    ] = None,
+    direction: Annotated[Direction, typer.Option(help="Text-to-image, image-to-text or both.")] = Direction.both,
+    tail: Annotated[Tail, typer.Option(help="Order past the candidates; reference: as published.")] = Tail.itc,
+    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for metrics.csv and queries.csv; default the run's folder.")
+    ] = None,
+    device: DeviceOption = Device.auto,
+    precision: PrecisionOption = Precision.auto,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Evaluate a model: R@1/5/10, mAP and mINP with 95 % intervals, by cosine and re-ranked.
+
+    Examples:
+
+      aga eval
+
+      aga eval --checkpoint runs/sample --split val --rerank 32
+
+      aga eval --checkpoint runs/rstpreid --dataset cuhk-pedes --root ~/CUHK-PEDES
+    """
+    from agatool.runs import evaluation_plan, find_model
+
+    model_folder = find_model(checkpoint)
+    given = {"rerank": rerank, "tail": tail.value, "batch_size": batch_size}
+    plan = evaluation_plan(model_folder, dataset, data, split, given, out)
+
+    from agatool.data.prepare import find_data
+
+    prepared = find_data(plan.dataset, plan.data, root)
+    directions = ("t2i", "i2t") if direction is Direction.both else (direction.value,)
+
+    from agatool.train import evaluate_model
+
+    outcome = evaluate_model(model_folder, prepared, split, plan.config, directions, device, precision, plan.out)
+    _show_metrics(outcome, plan.out, json_)
+
+
+def _show_metrics(outcome: Any, folder: Path, as_json: bool) -> None:
+    from agatool.report import METRICS, metric_rows, metric_table
+
+    table = metric_table(outcome.metrics)
+    if as_json:
+        console.result_json({"folder": str(folder), "metrics": table.to_dict("records"), "seconds": outcome.seconds})
+        return
+    console.table("Metrics in percent, with 95 % intervals", ["", *METRICS], metric_rows(table))
+    console.info(f"Written: {folder}/metrics.csv, {folder}/queries.csv")

@@ -181,26 +181,26 @@ def prepare(
       aga prepare --dataset sample --identities 200 --out data/small
     """
     from agatool.data.annotations import dataset_key
+    from agatool.data.prepare import nowhere, prepare_sample, raw_folder, sample_spec
     from agatool.data.prepare import prepare as prepare_raw
-    from agatool.data.prepare import prepare_sample, raw_folder, sample_spec
 
     name = dataset_key(dataset)
     folder = out or Path("data") / name
-    options = {"tokenizer": tokenizer, "vocab_size": vocab_size, "val_fraction": val_fraction, "strict": strict}
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer, "vocab_size": vocab_size, "val_fraction": val_fraction, "strict": strict
+    }  # fmt: skip
+    raw = root or raw_folder(name)
     if name == "sample" and root is None:
         spec = sample_spec(identities, images=images, seed=seed, caption_noise=caption_noise)
         prepared = prepare_sample(folder, spec, **options)
+    elif raw is None:
+        raise nowhere(name, folder)
     else:
-        prepared = prepare_raw(name, root or raw_folder(name), folder, annotations=annotations, seed=seed, **options)
-    splits = prepared.info["splits"]
-    console.table(
-        f"{prepared.name} in {prepared.folder}",
-        ["split", "persons", "images", "captions"],
-        [
-            [split, *(f"{counts[key]:,}" for key in ("persons", "images", "captions"))]
-            for split, counts in splits.items()
-        ],
-    )
+        prepared = prepare_raw(name, raw, folder, annotations=annotations, seed=seed, **options)
+    columns = ["persons", "images", "captions"]
+    counts = prepared.info["counts"]
+    rows = [[split, *(f"{counts[split].get(column, 0):,}" for column in columns)] for split in counts]
+    console.table(f"{prepared.name}, prepared in {prepared.folder}", ["split", *columns], rows)
 
 
 @app.command(rich_help_panel=MODELS)
@@ -380,11 +380,11 @@ def evaluate(
 
 
 def _show_metrics(outcome: Any, folder: Path, as_json: bool) -> None:
-    from agatool.report import METRICS, metric_rows, metric_table
+    from agatool.report import metric_rows, metric_table
 
     table = metric_table(outcome.metrics)
     if as_json:
         console.result_json({"folder": str(folder), "metrics": table.to_dict("records"), "seconds": outcome.seconds})
         return
-    console.table("Metrics in percent, with 95 % intervals", ["", *METRICS], metric_rows(table))
+    console.table("Metrics in percent, with 95 % intervals", *metric_rows(table))
     console.info(f"Written: {folder}/metrics.csv, {folder}/queries.csv")

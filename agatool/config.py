@@ -100,7 +100,6 @@ class ObjectiveConfig(Section):
     alpha_ramp_epochs: float = Field(1.0, ge=0)
     momentum: float = Field(0.995, ge=0, le=1)
     queue_size: int = Field(65536, ge=0)
-    temperature: float = Field(0.07, gt=0)
     itc_only: float = Field(0.0, ge=0, le=1)  # first share of the steps that trains ITC alone (cheap)
 
 
@@ -154,12 +153,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The sample data set on two CPU cores; no downloads.
     "tiny": {
         "model": {
-            "image_size": [128, 64], "stem": "conv", "patch": 8, "image_width": 96, "image_depth": 3,
-            "image_heads": 3, "text_width": 96, "text_heads": 3, "text_mlp": 384, "text_layers": 2,
+            "image_size": [128, 64], "stem": "conv", "patch": 16, "image_width": 96, "image_depth": 3,
+            "image_heads": 3, "text_width": 96, "text_heads": 3, "text_mlp": 192, "text_layers": 2,
             "fusion_layers": 2, "embed_dim": 96, "max_positions": 80, "dropout": 0.0,
             "text": {"max_tokens": 72},
         },
-        "objective": {"queue_size": 1024, "momentum": 0.99, "alpha": 0.2, "itc_only": 0.4},
+        "objective": {"queue_size": 1024, "momentum": 0.99, "alpha": 0.2, "itc_only": 0.5},
         "train": {"epochs": 8, "batch_size": 64, "lr": 1e-3, "head_lr": 1e-3, "min_lr": 1e-5},
         "eval": {"rerank": 16, "batch_size": 128},
     },

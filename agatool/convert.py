@@ -129,7 +129,7 @@ def new_model(config: ModelConfig, seed: int = 0) -> PersonSearchModel:
         torch.manual_seed(seed)
         try:
             return PersonSearchModel(config)
-        except (RuntimeError, AssertionError) as error:  # what timm raises
+        except (RuntimeError, AssertionError, TypeError) as error:  # what timm raises
             raise ValueError(str(error)) from error
 
 
@@ -199,8 +199,11 @@ def _sizes(tensors: dict[str, Tensor], settings: dict[str, Any], source: Path) -
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
-    """One more than the highest number in names; gaps show as missing tensors later."""
-    return 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1)
+    """How many different numbers names have, which must be 0, 1, 2, ...; ValueError otherwise."""
+    numbers = {int(match[1]) for name in names if (match := re.match(pattern, name))}
+    if gaps := set(range(max(numbers, default=-1))) - numbers:
+        raise ValueError(f"layer {min(gaps)} of {max(numbers) + 1} is missing")
+    return len(numbers)
 
 
 def _split(tensors: dict[str, Tensor], source: Path) -> tuple[int, int]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from agatool import console
@@ -85,7 +87,7 @@ def _from_reference(path: Path, tokenizer: Path | None) -> PersonSearchModel:
         if not same:
             raise CheckpointError(
                 f"{path} brings no vocabulary, so captions cannot be read",
-                f"Give it one: aga convert {path} OUT --tokenizer bert-base-uncased (or its vocab.txt), then --init OUT.",
+                f"Give it one: aga convert {path} OUT --tokenizer bert-base-uncased (or a vocab.txt), then --init OUT.",
             )
         model.tokenizer = prepared
     else:
@@ -136,10 +138,8 @@ def _from_parts(config: RunConfig, tokenizer: Path | None) -> Start:
         raise CheckpointError("A model from scratch needs a tokenizer", "Prepare a data set, or give --text-model.")
     if bert is not None:
         sizes = _bert_sizes(bert, sizes)
-    if train.image_weights is not None and sizes.image_model is not None:
-        trained_with = timm.get_pretrained_cfg(sizes.image_model)
-        if trained_with is not None:
-            sizes = sizes.model_copy(update={"image_mean": trained_with.mean, "image_std": trained_with.std})
+    if sizes.image_model is not None:
+        sizes = _vit_sizes(sizes.image_model, sizes, with_weights=train.image_weights is not None)
     words = load_tokenizer(source, sizes.text)
     if bert is None:
         sizes = sizes.model_copy(update={"vocab_size": words.vocab_size})
@@ -234,6 +234,27 @@ def _bert_state(folder: Path, model: PersonSearchModel) -> dict[str, Tensor]:
     }
     check_tensors(named, wanted, file)
     return named
+
+
+def _vit_sizes(name: str, config: ModelConfig, with_weights: bool) -> ModelConfig:
+    """`config` with the sizes of a timm ViT and, where its weights are used, the normalisation they know."""
+    try:
+        with torch.device("meta"):
+            vit = timm.create_model(name, num_classes=0)
+    except RuntimeError as error:
+        raise UsageError(f"--image-model {name}: {error}", "timm.list_models('vit*') lists the names.") from error
+    if not isinstance(vit, VisionTransformer):
+        raise UsageError(f"--image-model {name} is a {type(vit).__name__}, not a plain ViT", "Choose a ViT.")
+    sizes: dict[str, Any] = {
+        "image_width": vit.embed_dim,
+        "image_depth": len(vit.blocks),
+        "image_heads": vit.blocks[0].attn.num_heads,
+        "patch": vit.patch_embed.patch_size[0],
+        "stem": "patch",
+    }
+    if with_weights:
+        sizes |= {"image_mean": vit.pretrained_cfg["mean"], "image_std": vit.pretrained_cfg["std"]}
+    return config.model_copy(update=sizes)
 
 
 def _image_state(source: str, model: PersonSearchModel) -> dict[str, Tensor]:

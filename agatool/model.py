@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -169,7 +168,7 @@ class ConvStem(nn.Module):
         layers: list[nn.Module] = []
         for stage in range(1, stages + 1):
             channels = max(24, embed_dim >> (stages - stage))
-            layers += [nn.Conv2d(in_chans, channels, 3, 2, 1), LayerNorm2d(channels), nn.GELU()]
+            layers += [nn.Conv2d(in_chans, channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels), nn.GELU()]
             in_chans = channels
         self.stages = nn.Sequential(*layers)
         self.proj = nn.Conv2d(in_chans, embed_dim, 1)
@@ -253,7 +252,7 @@ class PersonSearchModel(nn.Module):
         self.mlm_transform = nn.Linear(width, width)
         self.mlm_norm = nn.LayerNorm(width, eps=TEXT_NORM_EPS)
         self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))  # the decoder is tied to word_embeddings
-        self.temperature = nn.Parameter(torch.tensor(0.07))  # of ITC
+        self.temperature = nn.Parameter(torch.tensor(0.07))  # of ITC; ALBEF's start
         for name, module in self.named_modules():
             if config.image_model is None or not name.startswith("image_encoder"):
                 _init(module)
@@ -322,9 +321,9 @@ class PersonSearchModel(nn.Module):
 
 
 def _init(module: nn.Module) -> None:
-    """BERT's initialisation, its 0.02 at width 768 scaled to the layer: at width 96, 0.02 would start as a plateau."""
+    """LeCun normal for linear layers: at width 96, BERT's 0.02 starts on a long plateau."""
     if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.02 * (768 / module.in_features) ** 0.5)
+        nn.init.normal_(module.weight, std=module.in_features**-0.5)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     if isinstance(module, nn.Embedding):

@@ -99,6 +99,8 @@ class Objective(nn.Module):
         self.student.temperature.clamp_(*TEMPERATURE_RANGE)
         ema = get_ema_multi_avg_fn(self.config.momentum)
         ema(list(self.teacher.parameters()), list(self.student.parameters()), 1)
+        for teacher, student in zip(self.teacher.buffers(), self.student.buffers(), strict=True):
+            teacher.copy_(student)  # running statistics of a conv stem are averages already
 
     def forward(
         self, batch: TrainBatch, phase: Phase, generator: torch.Generator, draws: Draws | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import matplotlib.pyplot as plt
 
 METRIC_COLUMNS = ("direction", "stage", "metric", "value", "low", "high")
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
-DIRECTIONS = {"t2i": "text-to-image", "i2t": "image-to-text"}
 
 
 def write_csv(path: Path, table: pd.DataFrame, decimals: int = 4) -> None:
@@ -31,20 +30,16 @@ def metric_table(metrics: Sequence[Sequence[Any]]) -> pd.DataFrame:
     return pd.DataFrame([tuple(row) for row in metrics], columns=list(METRIC_COLUMNS))
 
 
-def metric_rows(table: pd.DataFrame) -> list[list[str]]:
-    """The metrics as rows for a terminal: direction and stage, then each metric with its interval."""
-    rows = []
-    for (direction, stage), part in table.groupby(["direction", "stage"], sort=False):
-        by_metric = part.set_index("metric")
-        cells = [_with_interval(by_metric.loc[name]) for name in METRICS]
-        rows.append([f"{DIRECTIONS[str(direction)]}, {stage}", *cells])
-    return rows
+def metric_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """The metrics for a terminal, (header, rows): a row a metric, a column a direction and stage."""
+    cells = {(row.direction, row.stage, row.metric): _with_interval(row) for row in table.itertuples()}
+    columns = list(dict.fromkeys((direction, stage) for direction, stage, _ in cells))
+    rows = [[metric, *(cells[*column, metric] for column in columns)] for metric in METRICS]
+    return ["", *(" ".join(column) for column in columns)], rows
 
 
-def _with_interval(row: Mapping[str, float]) -> str:
-    if math.isnan(row["low"]):
-        return f"{row['value']:.1f}"
-    return f"{row['value']:.1f} [{row['low']:.1f}, {row['high']:.1f}]"
+def _with_interval(row: Any) -> str:
+    return f"{row.value:.1f}" if math.isnan(row.low) else f"{row.value:.1f} [{row.low:.1f}-{row.high:.1f}]"
 
 
 def curves_png(path: Path, log: pd.DataFrame, validation: pd.DataFrame) -> None:

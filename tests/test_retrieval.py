@@ -215,6 +215,23 @@ def test_image_by_image_equals_pair_by_pair(
     assert actual.dtype == np.float32
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_change_nothing(
+    model: PersonSearchModel, paths: list[Path], images: ImageSet, texts: TextSet, threads: int
+) -> None:
+    text_index, image_index = np.arange(48) % 24, np.arange(48) // 4
+    expected = retrieval.rerank(model, texts, images, text_index, image_index, 3)
+    again = retrieval.encode_images(model, paths, 5, keep_bytes=0)
+    torch.set_num_threads(threads)
+    try:
+        np.testing.assert_array_equal(retrieval.rerank(model, texts, images, text_index, image_index, 3), expected)
+        encoded_again = retrieval.rerank(model, texts, again, text_index, image_index, 3)
+        np.testing.assert_allclose(encoded_again, expected, atol=1e-5)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_directions_share_their_pairs(
     model: PersonSearchModel, images: ImageSet, texts: TextSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -359,9 +359,19 @@ def _refuse_drops(strict: bool, total: int, kinds: dict[str, int], dropped: Iter
         )
 
 
-def prepare_sample(out: Path, spec: SampleSpec, cache: Path | None = None) -> Prepared:
-    """Render the sample data set into `cache` (default `out`/raw), unless it is there already, and prepare it."""
-    raw = Path(cache) if cache else Path(out) / "raw"
+def sample_spec(identities: int | None, **others: Any) -> SampleSpec:
+    """The default sample, or one of so many identities, split 15 : 1 : 3 like it."""
+    if identities is None:
+        return SampleSpec(**others)
+    whole = SampleSpec()
+    total = whole.train + whole.val + whole.test
+    val, test = (max(1, round(identities * part / total)) for part in (whole.val, whole.test))
+    return SampleSpec(train=identities - val - test, val=val, test=test, **others)
+
+
+def prepare_sample(out: Path, spec: SampleSpec, **options: Any) -> Prepared:
+    """Render the sample data set into `out`/raw, unless it is there already, and `prepare` it with `options`."""
+    raw = Path(out) / "raw"
     if _rendered(raw) != spec:
         foreign = not (raw / "truth" / "spec.json").is_file()
         if raw.exists() and foreign and (not raw.is_dir() or any(raw.iterdir())):
@@ -372,7 +382,7 @@ def prepare_sample(out: Path, spec: SampleSpec, cache: Path | None = None) -> Pr
                 write_sample(raw, spec, progress=lambda done: task.advance(done - task.done))
         except ValueError as error:
             raise UsageError(str(error), "aga prepare --help lists the options of the sample data set.") from error
-    return prepare("sample", raw, Path(out))
+    return prepare("sample", raw, Path(out), **options)
 
 
 def _rendered(raw: Path) -> SampleSpec | None:
@@ -459,7 +469,7 @@ def load_prepared(folder: Path) -> Prepared:
     return Prepared(info["name"], folder, images, captions, image_root, folder / "tokenizer.json", info)
 
 
-def _raw_folder(name: str) -> Path | None:
+def raw_folder(name: str) -> Path | None:
     """The data set's folder in $AGATOOL_DATA, in any of its spellings."""
     base = os.environ.get("AGATOOL_DATA")
     if not base or not Path(base).is_dir():
@@ -475,7 +485,7 @@ def find_data(dataset: str, data: Path | None = None, root: Path | None = None) 
     """
     name = dataset_key(dataset)
     folder = Path(data) if data is not None else Path("data") / name
-    raw = Path(root) if root is not None else _raw_folder(name)
+    raw = Path(root) if root is not None else raw_folder(name)
     if (folder / "dataset.json").is_file():
         try:
             return load_prepared(folder)
@@ -490,9 +500,14 @@ def find_data(dataset: str, data: Path | None = None, root: Path | None = None) 
         if there and not there & {"raw", "dataset.json"}:
             raise DataError(f"{folder} is not a prepared data set", "Give an empty or a new folder for the sample.")
         return prepare_sample(folder, _rendered(folder / "raw") or SampleSpec())
+    raise nowhere(name, folder)
+
+
+def nowhere(name: str, folder: Path) -> DataError:
+    """The error for a data set that is neither prepared in `folder` nor at hand: where to get it, what to type."""
     form = DATASETS[name]
-    raise DataError(
+    return DataError(
         f"No prepared data set at {folder}, and no --root (or AGATOOL_DATA) to prepare {form.title} from",
         f"Get it from: {form.source}\nExpected:\n{form.tree}\nThen: aga prepare --dataset {name} --root RAW"
-        + (f" --out {folder}" if data is not None else ""),
+        + (f" --out {folder}" if folder != Path("data") / name else ""),
     )

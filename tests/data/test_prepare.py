@@ -288,11 +288,14 @@ def test_the_sample_is_rendered_once_and_kept(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_the_sample_never_replaces_a_folder_of_something_else(tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "raw").mkdir(parents=True)
     (tmp_path / "mine" / "thesis.txt").write_text("keep")
+    (tmp_path / "mine" / "raw" / "notes.txt").write_text("keep")
     spec = SampleSpec(train=1, val=1, test=1, images=1)
     with pytest.raises(DataError):
-        prepare_sample(tmp_path / "out", spec, cache=tmp_path / "mine")
+        prepare_sample(tmp_path / "mine", spec)
+    assert (tmp_path / "mine" / "raw" / "notes.txt").read_text() == "keep"
+    shutil.rmtree(tmp_path / "mine" / "raw")
     with pytest.raises(DataError):
         find_data("sample", tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "keep"

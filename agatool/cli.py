@@ -51,6 +51,14 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
+class Mask(StrEnum):
+    """Which words are masked."""
+
+    attention = "attention"
+    random = "random"
+    content = "content"
+
+
 class Direction(StrEnum):
     """Who searches whom."""
 
@@ -236,6 +244,16 @@ def train(
     text_model: Annotated[
         str | None, typer.Option(help="A BERT: a folder, or a hub name.", rich_help_panel="Model")
     ] = None,
+    mask: Annotated[
+        Mask | None,
+        typer.Option(
+            help="Which words MLM masks: AGM's attention (default), random or content words.",
+            rich_help_panel="Training",
+        ),
+    ] = None,
+    no_tem: Annotated[
+        bool, typer.Option("--no-tem", help="Without the Text Enrichment Module.", rich_help_panel="Training")
+    ] = False,
     epochs: Annotated[int | None, typer.Option(min=1, rich_help_panel="Training")] = None,
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Stop here, whatever --epochs says.", rich_help_panel="Training")
@@ -306,26 +324,40 @@ def train(
         "model.image_model": image_model, "train.image_weights": image_weights, "train.text_model": text_model,
         "train.epochs": epochs, "train.max_steps": max_steps, "train.batch_size": batch_size, "train.seed": seed,
         "train.device": device, "train.precision": precision,
+        "masking.strategy": mask, "tem.enabled": False if no_tem else None,
     }  # fmt: skip
     settings = plan_run(given, config, overrides or (), stored)
     if print_config:
         console.result(to_toml(settings).rstrip())
         return
+    if dry_run:
+        _dry_run(settings, root)
+        return
     folder = folder or fresh_run(settings.data.dataset)
-    if not dry_run:
-        claim(folder, resume, overwrite)
+    claim(folder, resume, overwrite)
+    if settings.data.dataset != "sample" and settings.preset == "tiny" and preset is None and not resume:
+        console.info("Preset tiny, made for a CPU; the size that papers report is --preset base.")
 
     from agatool.data.prepare import find_data
 
     prepared = find_data(settings.data.dataset, Path(settings.data.dir), root)
-    if dry_run:
-        from agatool.cost import estimate
 
-        console.table("One step, measured; nothing was written", ["", ""], estimate(settings, prepared))
-        return
     from agatool.train import run
 
     _show_metrics(run(settings, prepared, folder, resume), folder, json_)
+
+
+def _dry_run(settings: Any, root: Path | None) -> None:
+    """Show what a run would cost; data that is not prepared yet is prepared in a folder that goes away again."""
+    import tempfile
+
+    from agatool.cost import estimate
+    from agatool.data.prepare import find_data
+
+    name, folder = settings.data.dataset, Path(settings.data.dir)
+    with tempfile.TemporaryDirectory() as scratch:
+        prepared = find_data(name, folder if folder.exists() else Path(scratch) / name, root)
+        console.table("Cost of a run; nothing was written", ["", "measured on one step"], estimate(settings, prepared))
 
 
 @app.command("eval", rich_help_panel=MODELS)
@@ -371,9 +403,11 @@ def evaluate(
     from agatool.data.prepare import find_data
 
     prepared = find_data(plan.dataset, plan.data, root)
-    directions = ("t2i", "i2t") if direction is Direction.both else (direction.value,)
 
+    from agatool.retrieval import DIRECTIONS
     from agatool.train import evaluate_model
+
+    directions = [name for name in DIRECTIONS if direction in (name, Direction.both)]
 
     outcome = evaluate_model(model_folder, prepared, split, plan.config, directions, device, precision, plan.out)
     _show_metrics(outcome, plan.out, json_)

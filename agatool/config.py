@@ -71,7 +71,7 @@ class DataConfig(Section):
 class MaskingConfig(Section):
     """Which words MLM and TEM mask (DESIGN: AGM)."""
 
-    strategy: Literal["attention", "random", "content"] = "random"
+    strategy: Literal["attention", "random", "content"] = "attention"
     ratio: float = Field(0.15, gt=0, lt=1)
     temperature: float = Field(1.0, ge=0)  # 0: the top-scored words, no draw
     unit: Literal["word", "piece"] = "word"
@@ -82,7 +82,7 @@ class MaskingConfig(Section):
 class TemConfig(Section):
     """Text Enrichment Module: the MLM's words stand in for the masked ones (DESIGN: TEM)."""
 
-    enabled: bool = False
+    enabled: bool = True
     probability: float = Field(0.5, ge=0, le=1)  # of a caption being replaced in ITC and ITM
     warmup: float = Field(0.1, ge=0, le=1)  # share of the steps without TEM
     decode: Literal["argmax", "top-k", "sample"] = "top-k"
@@ -158,8 +158,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             "fusion_layers": 2, "embed_dim": 96, "max_positions": 80, "dropout": 0.0,
             "text": {"max_tokens": 72},
         },
-        "objective": {"queue_size": 1024, "momentum": 0.99, "alpha": 0.2, "itc_only": 0.5},
-        "train": {"epochs": 8, "batch_size": 64, "lr": 1e-3, "head_lr": 1e-3, "min_lr": 1e-5},
+        "objective": {"queue_size": 1024, "momentum": 0.99, "alpha": 0.2},
+        "train": {"epochs": 2, "batch_size": 64, "lr": 2e-4, "head_lr": 2e-4, "min_lr": 1e-5},
         "eval": {"rerank": 16, "batch_size": 128},
     },
     # timm ViT-S with a 384-wide BERT split 3 + 3; one GPU, or patience.
@@ -183,6 +183,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "train": {"epochs": 30, "batch_size": 13, "accumulate": 4},
     },
 }  # fmt: skip
+
+
+# What changes in a preset when nothing is pre-trained: longer, faster, and the cheap ITC alone at first.
+FROM_SCRATCH: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "objective": {"itc_only": 0.5},
+        "tem": {"warmup": 0.75},
+        "train": {"epochs": 8, "lr": 1e-3, "head_lr": 1e-3},
+    },
+}
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
@@ -242,34 +252,27 @@ def plan_run(
     """The configuration of a run: preset < file (or the resumed run's `stored` one) < options < --set.
 
     `given` maps `section.key` to an option's value, None where it was left out. What depends on other keys is filled
-    in: data.dir is data/NAME, and train.init is `shipped` for the sample with the tiny preset as it is, else `scratch`.
+    in: data.dir is data/NAME, train.init is `shipped` for the sample with the tiny preset's model, else `scratch`, and
+    a model from scratch is trained as FROM_SCRATCH says.
     """
     layers = [read_toml(path) for path in (stored, file) if path is not None]
-    for key, value in given.items():
-        if value is not None:
-            layers.append(_nested(key, value))
+    layers += [_nested(key, value) for key, value in given.items() if value is not None]
     layers += [parse_override(text) for text in overrides]
     config = build_config(*layers)
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        merged = _merge(merged, layer)
-    if "dir" not in merged.get("data", {}):
-        config = _replace(config, "data", dir=f"data/{config.data.dataset}")
-    if config.train.init == "auto":
+    derived: dict[str, Any] = {"data": {"dir": f"data/{config.data.dataset}"}}
+    init = config.train.init
+    if init == "auto":
         as_shipped = config.preset == "tiny" and config.model == build_config(preset="tiny").model
         init = "shipped" if config.data.dataset == "sample" and as_shipped else "scratch"
-        config = _replace(config, "train", init=init)
-    return config
+    if init == "scratch":
+        derived = _merge(derived, FROM_SCRATCH.get(config.preset, {}))
+    return build_config(derived, *layers, {"train": {"init": init}})
 
 
 def _nested(dotted: str, value: Any) -> dict[str, Any]:
     for key in reversed(dotted.split(".")):
         value = {key: value}
     return value
-
-
-def _replace(config: RunConfig, section: str, **values: Any) -> RunConfig:
-    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
 
 def to_toml(config: RunConfig) -> str:

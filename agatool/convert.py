@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -403,7 +404,7 @@ def _card(source: Path, converted: Converted) -> str:
     config = converted.model.config
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    left_out = [f"- {why}: {len(names)} tensors" for why, names in converted.left_out.items()]
+    left_out = [f"- {why}: {_abridged(names)}" for why, names in converted.left_out.items()]
     new = [f"- {name}" for name in converted.model.config.untrained]
     notes = [f"- {note}" for note in converted.notes]
     teacher = "kept in `teacher.safetensors`" if converted.teacher else "not kept"
@@ -426,6 +427,14 @@ def _card(source: Path, converted: Converted) -> str:
             "",
         ]
     )
+
+
+def _abridged(names: tuple[str, ...]) -> str:
+    """All names, or how many there are of each part."""
+    if len(names) <= 4:
+        return ", ".join(f"`{name}`" for name in names)
+    parts = Counter(name.partition(".")[0] for name in names)
+    return ", ".join(f"`{part}.*` ({count})" for part, count in parts.items())
 
 
 def _section(title: str, lines: list[str]) -> list[str]:

@@ -78,6 +78,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         try:
             yield temporary
             for file in temporary.rglob("*"):
+                if file.is_file():  # some writers, safetensors among them, make files that only the owner can read
+                    file.chmod(0o666 & ~_umask())
                 _sync(file)
             if path.exists():
                 path.rename(old)

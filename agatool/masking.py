@@ -52,6 +52,22 @@ class Masked:
     ratio: Tensor
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Which units of a batch are to be masked, before anything is done to them.
+
+    unit_of  (B, L) int64: the token's unit, -1 for none.
+    present  (B, U) bool: the units that exist.
+    units    (B, U) bool: the chosen ones.
+    tokens   (B, L) bool: their tokens.
+    """
+
+    unit_of: Tensor
+    present: Tensor
+    units: Tensor
+    tokens: Tensor
+
+
 def aggregate(attention: Tensor, how: Aggregation, tau: float = 0.5) -> Tensor:
     """Class attention of all text layers -> one score per token, (B, L).
 
@@ -150,20 +166,15 @@ def _ranks(key_BU: Tensor, tier_BU: Tensor) -> Tensor:
     return by_key.gather(1, by_tier).argsort(1)
 
 
-def mask_words(
+def select_words(
     batch: Batch,
-    vocabulary: Vocabulary,
     config: MaskingConfig,
     *,
     generator: torch.Generator,
     class_attention: Tensor | None = None,
     content: Tensor | None = None,
-) -> Masked:
-    """Choose the words (or pieces) of a batch by `config` and mask them.
-
-    class_attention  (B, L), from `aggregate`; needed by the strategy `attention`.
-    content          (B, W) bool, W at least the words that have tokens; needed by the strategy `content`.
-    generator        on the CPU; the result is a function of the inputs and its state.
+) -> Chosen:
+    """Choose the words (or pieces) of a batch by `config`; arguments as for `mask_words`.
 
     Tokens outside every word (`word_of` -1: specials, padding, punctuation) are never chosen.
     """
@@ -185,28 +196,40 @@ def mask_words(
         scores_BU=None if class_attention is None else word_scores(class_attention, unit_of_BL),
         content_BU=content_BU,
     )
-    ids_BL, chosen_BL = _replace(batch.ids, unit_of_BL, chosen_BU, vocabulary, generator)
-    labels_BL = batch.ids.where(chosen_BL, IGNORE)
-    ratio = chosen_BU.sum() / present_BU.sum().clamp(min=1)
-    return Masked(ids_BL, chosen_BL, labels_BL, ratio)
+    tokens_BL = chosen_BU.gather(1, unit_of_BL.clamp(min=0)) & (unit_of_BL >= 0)
+    return Chosen(unit_of_BL, present_BU, chosen_BU, tokens_BL)
 
 
-def _replace(
-    ids_BL: Tensor,
-    unit_of_BL: Tensor,
-    chosen_BU: Tensor,
+def mask_words(
+    batch: Batch,
     vocabulary: Vocabulary,
+    config: MaskingConfig,
+    *,
     generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """The ids after 80/10/10 and the chosen positions; a word's pieces share one fate, so none gives it away."""
-    unit_BL = unit_of_BL.clamp(min=0)
-    chosen_BL = chosen_BU.gather(1, unit_BL) & (unit_of_BL >= 0)
-    fate_BU = torch.rand(chosen_BU.shape, generator=generator).to(ids_BL.device)
-    fate_BL = fate_BU.gather(1, unit_BL)
+    class_attention: Tensor | None = None,
+    content: Tensor | None = None,
+) -> Masked:
+    """Choose the words (or pieces) of a batch by `config` and mask them.
+
+    class_attention  (B, L), from `aggregate`; needed by the strategy `attention`.
+    content          (B, W) bool, W at least the words that have tokens; needed by the strategy `content`.
+    generator        on the CPU; the result is a function of the inputs and its state.
+    """
+    chosen = select_words(batch, config, generator=generator, class_attention=class_attention, content=content)
+    ids_BL = _replace(batch.ids, chosen, vocabulary, generator)
+    labels_BL = batch.ids.where(chosen.tokens, IGNORE)
+    ratio = chosen.units.sum() / chosen.present.sum().clamp(min=1)
+    return Masked(ids_BL, chosen.tokens, labels_BL, ratio)
+
+
+def _replace(ids_BL: Tensor, chosen: Chosen, vocabulary: Vocabulary, generator: torch.Generator) -> Tensor:
+    """The ids after 80/10/10; a word's pieces share one fate, so none gives it away."""
+    fate_BU = torch.rand(chosen.units.shape, generator=generator).to(ids_BL.device)
+    fate_BL = fate_BU.gather(1, chosen.unit_of.clamp(min=0))
     random_BL = _random_ids(ids_BL, vocabulary, generator)
     replaced_BL = random_BL.where(fate_BL < MASKED + RANDOM, ids_BL)
     replaced_BL = replaced_BL.masked_fill(fate_BL < MASKED, vocabulary.mask_id)
-    return replaced_BL.where(chosen_BL, ids_BL), chosen_BL
+    return replaced_BL.where(chosen.tokens, ids_BL)
 
 
 def _random_ids(like_BL: Tensor, vocabulary: Vocabulary, generator: torch.Generator) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import timm
 import torch
@@ -277,7 +277,7 @@ class PersonSearchModel(nn.Module):
 
     def project_image(self, image_tokens: Tensor) -> ImageKeysValues:
         """Image tokens [M, P, H] -> every fusion layer's keys and values, to be used for many texts."""
-        return [layer.cross_attention.project(image_tokens) for layer in self.fusion_layers]
+        return [cast(Attention, layer.cross_attention).project(image_tokens) for layer in self.fusion_layers]
 
     def fuse(
         self,

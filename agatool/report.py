@@ -1,11 +1,14 @@
-"""What people read: CSV tables and PNG curves. Sees plain data only, no torch."""
+"""What people read: CSV tables, what was evaluated, and training curves as PNG. Sees plain data only, no torch."""
 
 from __future__ import annotations
 
 import math
+import os
+import platform
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import pandas as pd
@@ -14,9 +17,13 @@ from agatool.files import atomic_file
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 METRIC_COLUMNS = ("direction", "stage", "metric", "value", "low", "high")
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
+PACKAGES = ("agatool", "torch", "timm", "transformers", "numpy")
+EVALUATION_FORMAT = 1
+_SAME_DATA = ("images.csv", "captions.csv")  # tables whose hashes say that two evaluations saw the same data
 
 
 def write_csv(path: Path, table: pd.DataFrame, decimals: int = 4) -> None:
@@ -31,45 +38,152 @@ def metric_table(metrics: Sequence[Sequence[Any]]) -> pd.DataFrame:
 
 
 def metric_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """The metrics for a terminal, (header, rows): a row a metric, a column a direction and stage."""
-    cells = {(row.direction, row.stage, row.metric): _with_interval(row) for row in table.itertuples()}
+    """The metrics for people, (header, rows): a row a metric, a column a direction and stage."""
+    cells = {(row.direction, row.stage, row.metric): with_interval(row) for row in table.itertuples()}
     columns = list(dict.fromkeys((direction, stage) for direction, stage, _ in cells))
-    rows = [[metric, *(cells[*column, metric] for column in columns)] for metric in METRICS]
+    rows = [[metric, *(cells.get((*column, metric), "") for column in columns)] for metric in METRICS]
     return ["", *(" ".join(column) for column in columns)], rows
 
 
-def _with_interval(row: Any) -> str:
+def with_interval(row: Any) -> str:
+    """A figure with fields value, low and high: `61.3 [59.8-62.7]`, without the bracket where there is no interval."""
     return f"{row.value:.1f}" if math.isnan(row.low) else f"{row.value:.1f} [{row.low:.1f}-{row.high:.1f}]"
 
 
-def curves_png(path: Path, log: pd.DataFrame, validation: pd.DataFrame) -> None:
-    """Losses, accuracies and validation metrics over the steps, as one picture."""
-    panels = {
-        "loss": ["loss", "itc", "itm", "mlm"],
-        "accuracy": ["itm_accuracy", "mlm_accuracy"],
-        "learning rate": ["lr"],
+# -- what was evaluated -------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, str]:
+    """Versions and kind of system, enough to reproduce a figure; nothing that names the machine."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # agatool itself, run from a checkout
+            found[package] = "not installed"
+    found["platform"] = " ".join(part for part in (platform.system(), platform.machine(), *platform.libc_ver()) if part)
+    return found
+
+
+def evaluation_record(
+    out: Path, data: Path, info: dict[str, Any], split: str, model: str, device: str, config: dict[str, Any]
+) -> dict[str, Any]:
+    """evaluation.json: what the CSVs in `out` were made from. `data` is stored relative to `out`: both can move.
+
+    `info` is the dataset.json of the prepared folder `data`, `model` the model folder's name, and `config` the run's
+    configuration as nested tables, its `eval` as it was used.
+    """
+    return {
+        "format": EVALUATION_FORMAT,
+        "dataset": info["name"],
+        "split": split,
+        "data": Path(os.path.relpath(data.resolve(), out.resolve())).as_posix(),
+        "files": {name: info["files"][name] for name in _SAME_DATA},
+        "model": model,
+        "device": device,
+        "environment": environment(),
+        "config": config,
     }
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    for axis, (title, columns) in zip(axes.flat, panels.items(), strict=False):
-        for column in columns:
-            if log[column].notna().any():
-                _smooth_line(axis, log["step"], log[column], column)
-        axis.set(title=title, xlabel="step")
-    for stage, part in validation.groupby("stage"):
-        for metric, style in (("R@1", "-o"), ("mAP", "--s")):
-            axes.flat[3].plot(part["step"], part[metric], style, markersize=4, label=f"{metric} {stage}")
-    axes.flat[3].set(title="validation, text-to-image, percent", xlabel="step")
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
+
+
+# -- curves -------------------------------------------------------------------------------------------------------
+
+
+class Series(NamedTuple):
+    """One line over the training steps."""
+
+    label: str
+    steps: list[float]
+    values: list[float]
+    noisy: bool  # one value a step: draw its moving average
+
+
+class Panel(NamedTuple):
+    """The lines that share a pair of axes."""
+
+    title: str
+    series: list[Series]
+    marked: int | None = None  # a step to point at: the chosen epoch
+
+
+_LOG_PANELS = {
+    "Training loss": {"loss": "total", "itc": "ITC", "itm": "ITM", "mlm": "MLM"},
+    "Training accuracy": {"itm_accuracy": "ITM", "mlm_accuracy": "MLM"},
+    "Words: masked, and changed by enrichment (shares)": {"masked_ratio": "masked", "tem_replaced": "changed"},
+    "Gradient norm": {"gradient_norm": "before clipping"},
+    "Learning rate": {"lr": "largest group"},
+}
+
+
+def series(table: pd.DataFrame, column: str, label: str, noisy: bool = False) -> Series:
+    """A column of a log over its steps, without the gaps."""
+    known = table[["step", column]].dropna()
+    return Series(label, known["step"].astype(float).tolist(), known[column].astype(float).tolist(), noisy)
+
+
+def final_stage(validation: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the stage that models are chosen by."""
+    return validation[validation["stage"] == validation["stage"].iloc[-1]] if len(validation) else validation
+
+
+def chosen_step(validation: pd.DataFrame) -> int | None:
+    """The step whose model became best/: R@1, then mAP, of the final stage on val; the first of equals."""
+    ranked = final_stage(validation).sort_values(["R@1", "mAP"], ascending=False, kind="stable")
+    return int(ranked["step"].iloc[0]) if len(ranked) else None
+
+
+def curve_panels(log: pd.DataFrame, validation: pd.DataFrame) -> list[Panel]:
+    """What train_log.csv and validation.csv show over the steps; panels without data are left out."""
+    metrics = [
+        series(part, metric, f"{metric} {stage}")
+        for stage, part in validation.groupby("stage", sort=False)
+        for metric in ("R@1", "mAP")
+    ]
+    panels = [Panel("Validation, text to image, percent", metrics, chosen_step(validation))]
+    for title, columns in _LOG_PANELS.items():
+        lines = [series(log, column, label, noisy=True) for column, label in columns.items()]
+        panels.append(Panel(title, lines))
+    kept = [panel._replace(series=[line for line in panel.series if line.steps]) for panel in panels]
+    return [panel for panel in kept if panel.series]
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """The moving average over a fiftieth of the run."""
+    return pd.Series(values).rolling(max(1, len(values) // 50), min_periods=1).mean().tolist()
+
+
+def curves_png(path: Path, log: pd.DataFrame, validation: pd.DataFrame) -> None:
+    """The curves of a run as one picture; none is written where there is nothing to draw."""
+    panels = curve_panels(log, validation)
+    if not panels:
+        return
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.5 * rows), layout="constrained", squeeze=False)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        _draw(axis, panel)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
     save_figure(path, figure)
 
 
-def _smooth_line(axis: Any, steps: pd.Series, values: pd.Series, label: str) -> None:
-    line = axis.plot(steps, values, alpha=0.25, linewidth=0.8)[0]
-    window = max(1, len(values) // 50)
-    axis.plot(steps, values.rolling(window, min_periods=1).mean(), color=line.get_color(), label=label)
+def _draw(axis: Any, panel: Panel) -> None:
+    for line in panel.series:
+        if line.noisy:
+            (raw,) = axis.plot(line.steps, line.values, alpha=0.25, linewidth=0.8)
+            axis.plot(line.steps, smoothed(line.values), color=raw.get_color(), linewidth=1.6, label=line.label)
+        else:
+            axis.plot(line.steps, line.values, marker="o", markersize=3.5, linewidth=1.6, label=line.label)
+    if panel.marked is not None:
+        axis.axvline(panel.marked, color="0.35", linewidth=1, linestyle=":", label=f"chosen: step {panel.marked}")
+    axis.set_title(panel.title, fontsize=10, loc="left", fontweight="bold")
+    axis.set_xlabel("step", fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.set_xlim(0, max(max(line.steps) for line in panel.series) * 1.02)  # all panels of a run begin at its start
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.grid(alpha=0.25, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
 
 
 def save_figure(path: Path, figure: Any, dpi: int = 110) -> None:

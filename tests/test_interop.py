@@ -506,6 +506,9 @@ def test_convert_writes_a_whole_folder_that_loads_to_the_same_outputs(source: Pa
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "README.md",
     }  # fmt: skip
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o666 & ~umask}
     loaded = agatool.load(tmp_path / "out")
     assert not loaded.training
     assert same(encoded(loaded), encoded(converted.model))
@@ -513,7 +516,8 @@ def test_convert_writes_a_whole_folder_that_loads_to_the_same_outputs(source: Pa
     card = (tmp_path / "out" / "README.md").read_text()
     assert source.name in card
     assert str(tmp_path) not in card
-    assert "queue" in card
+    assert "`image_queue`" in card
+    assert "`visual_encoder_m.*`" in card
     assert "cannot read text" in card
 
 

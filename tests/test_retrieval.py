@@ -18,10 +18,10 @@ from PIL import Image
 from agatool import retrieval
 from agatool.config import EvalConfig, ModelConfig, TextConvention
 from agatool.data.images import decode_image, eval_transform, to_tensor
+from agatool.encoding import ImageSet, TextSet, encode_images, encode_texts, inference, pack_texts
 from agatool.errors import CheckpointError, DataError
 from agatool.metrics import METRICS, rank_metrics, summarise
 from agatool.model import PersonSearchModel
-from agatool.retrieval import ImageSet, TextSet
 from agatool.tokenization import Tokenizer, load_tokenizer, train_tokenizer
 
 PEOPLE, COLOURS = 4, ("red", "green", "blue", "white", "black", "yellow")
@@ -88,12 +88,12 @@ def paths(prepared: SimpleNamespace) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def images(model: PersonSearchModel, paths: list[Path]) -> ImageSet:
-    return retrieval.encode_images(model, paths, batch_size=5)
+    return encode_images(model, paths, batch_size=5)
 
 
 @pytest.fixture(scope="module")
 def texts(model: PersonSearchModel, tokenizer: Tokenizer, prepared: SimpleNamespace) -> TextSet:
-    return retrieval.encode_texts(model, tokenizer, prepared.captions["caption"].tolist(), batch_size=7)
+    return encode_texts(model, tokenizer, prepared.captions["caption"].tolist(), batch_size=7)
 
 
 def plain_itm(model: PersonSearchModel, tokenizer: Tokenizer, caption: str, path: Path) -> float:
@@ -118,11 +118,11 @@ def test_batching_does_not_change_the_features(
     paths = [prepared.image_root / path for path in prepared.images["path"]]
     captions = prepared.captions["caption"].tolist()
     for row in (0, 4, 5, 11):
-        alone = retrieval.encode_images(model, [paths[row]], 1)
+        alone = encode_images(model, [paths[row]], 1)
         torch.testing.assert_close(images.features[row], alone.features[0], atol=1e-5, rtol=0)
         torch.testing.assert_close(images.kept[row], alone.kept[0], atol=1e-5, rtol=0)
     for row in (0, 1, 13, 23):
-        alone_text = retrieval.encode_texts(model, tokenizer, [captions[row]], 1)
+        alone_text = encode_texts(model, tokenizer, [captions[row]], 1)
         torch.testing.assert_close(texts.features[row], alone_text.features[0], atol=1e-5, rtol=0)
         mine = texts.tokens[texts.starts[row] :][: texts.lengths[row]]
         torch.testing.assert_close(mine, alone_text.tokens, atol=1e-5, rtol=0)
@@ -135,10 +135,10 @@ def test_tokens_beyond_the_memory_are_encoded_again(
     model: PersonSearchModel, paths: list[Path], images: ImageSet, kept: int
 ) -> None:
     one = images.kept[0].numel() * 4
-    small = retrieval.encode_images(model, paths, 5, keep_bytes=kept * one + 3)
+    small = encode_images(model, paths, 5, keep_bytes=kept * one + 3)
     assert len(small.kept) == kept
     wanted = [1, 4, 5, 6, 11]
-    with retrieval._inference(model, bf16=False):
+    with inference(model, bf16=False):
         found = torch.cat(list(small.tokens(wanted)))
     torch.testing.assert_close(found, images.kept[wanted], atol=1e-5, rtol=0)
 
@@ -147,7 +147,7 @@ def test_a_broken_image_is_named(model: PersonSearchModel, paths: list[Path], tm
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not an image")
     with pytest.raises(DataError, match=r"broken\.png"):
-        retrieval.encode_images(model, [*paths, broken, *paths], 3)
+        encode_images(model, [*paths, broken, *paths], 3)
     assert model.training
 
 
@@ -155,14 +155,14 @@ def test_a_model_that_gives_nan_is_refused(model: PersonSearchModel, paths: list
     broken = PersonSearchModel(model.config)
     torch.nn.init.constant_(broken.vision_proj.weight, float("nan"))
     with pytest.raises(CheckpointError, match="not finite"):
-        retrieval.encode_images(broken, paths, 4)
+        encode_images(broken, paths, 4)
 
 
 def test_nothing_to_encode(model: PersonSearchModel, tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError):
-        retrieval.encode_images(model, [], 4)
+        encode_images(model, [], 4)
     with pytest.raises(DataError):
-        retrieval.encode_texts(model, tokenizer, [], 4)
+        encode_texts(model, tokenizer, [], 4)
 
 
 # --- top k ---
@@ -221,7 +221,7 @@ def test_threads_change_nothing(
 ) -> None:
     text_index, image_index = np.arange(48) % 24, np.arange(48) // 4
     expected = retrieval.rerank(model, texts, images, text_index, image_index, 3)
-    again = retrieval.encode_images(model, paths, 5, keep_bytes=0)
+    again = encode_images(model, paths, 5, keep_bytes=0)
     torch.set_num_threads(threads)
     try:
         np.testing.assert_array_equal(retrieval.rerank(model, texts, images, text_index, image_index, 3), expected)
@@ -266,8 +266,8 @@ def test_bfloat16_is_close(
     captions = prepared.captions["caption"].tolist()
     scores = []
     for bf16 in (False, True):
-        images = retrieval.encode_images(model, paths, 5, bf16)
-        texts = retrieval.encode_texts(model, tokenizer, captions, 5, bf16)
+        images = encode_images(model, paths, 5, bf16)
+        texts = encode_texts(model, tokenizer, captions, 5, bf16)
         assert images.features.dtype == texts.features.dtype == torch.float32
         scores.append(retrieval.rerank(model, texts, images, np.arange(24), np.arange(24) % 12, 5, bf16))
     np.testing.assert_allclose(scores[0], scores[1], atol=0.1)
@@ -318,7 +318,7 @@ def test_score_matrix_from_tensors(model: PersonSearchModel, images: ImageSet, t
     with torch.no_grad():
         encoded = model.encode_text(ids, mask)
         expected = model.itm(model.fuse(encoded.tokens, mask, images.kept[:6]))[:, 1]
-    packed = retrieval.pack_texts(encoded, mask)
+    packed = pack_texts(encoded, mask)
     scores = retrieval.score_matrix(model, packed, images, "t2i", 12, 4)
     model.train()
     torch.testing.assert_close(scores.diagonal(), expected, atol=1e-5, rtol=0)

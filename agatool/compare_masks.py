@@ -1,0 +1,300 @@
+"""`aga compare-masks`: does attention choose better words than chance? No training, any checkpoint.
+
+Shape suffixes: B captions of a batch, L tokens, U maskable units, S masked tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from agatool import console
+from agatool.config import MaskingConfig, build_config, parse_override, read_toml
+from agatool.data.prepare import Prepared
+from agatool.data.sampling import stream_seed
+from agatool.data.word_classes import FUNCTION, OTHER, WordTruth, read_truth, usual_class
+from agatool.encoding import ImageSet, encode_images, finite, inference, model_device
+from agatool.errors import DataError
+from agatool.files import contained
+from agatool.masking import Chosen, Strategy, select_words, word_scores
+from agatool.metrics import paired_test
+from agatool.model import ImageKeysValues, PersonSearchModel
+from agatool.objective import class_attention
+from agatool.tokenization import Batch, Encoding
+
+STRATEGIES: tuple[Strategy, ...] = ("random", "content", "attention")
+IMAGES = ("image", "other_image", "no_image")  # what the model looks at while it fills words in
+MASKS_COLUMNS = (
+    "strategy", "realised_ratio", "content_share", "visible_share", "mlm_top1", "mlm_top5", "ce_image",
+    "ce_other_image", "ce_no_image", "image_gain",
+)  # fmt: skip
+BATCH = 32  # captions; their images' keys and values are held at once
+MOST = 30  # words a strategy listed in most_masked.csv
+_TOP = 5
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was masked and how well it was filled in; every table of the command is a group-by of these two.
+
+    captions  caption_id, image (path below the image root), caption.
+    words     every word that has tokens: caption_id, word, start, end, text, class, content, visible, attention.
+              `visible` is NaN without truth; `attention` is the word's share of the class attention.
+    masked    every masked unit: strategy, draw, caption_id, word, pieces, ce_image, ce_other_image, ce_no_image
+              (nats, summed over the word's pieces), top1, top5 (with the right image), guess (the top-1 word).
+    units     how many units could have been masked, over all draws.
+    """
+
+    captions: pd.DataFrame
+    words: pd.DataFrame
+    masked: pd.DataFrame
+    units: int
+
+
+def masking_of(model_folder: Path, ratio: float, overrides: Sequence[str] = ()) -> MaskingConfig:
+    """The masking of the run that a model belongs to, else the defaults, at `ratio` and with `overrides`."""
+    stored = model_folder.parent / "config.toml"
+    run = read_toml(stored) if model_folder.is_dir() and stored.is_file() else {}
+    layers = [run, {"masking": {"ratio": ratio}}, *(parse_override(text) for text in overrides)]
+    return build_config(*layers).masking
+
+
+# --- which captions and images ------------------------------------------------------------------------------
+
+
+class _Sample(NamedTuple):
+    """The captions that take part, in the order of their images; indices are into `paths`."""
+
+    captions: pd.DataFrame  # caption_id, image_id, caption, image, number (of the caption among its image's)
+    paths: list[Path]
+    right: np.ndarray  # [captions] the caption's own image
+    other: np.ndarray  # [captions] an image of another person
+
+
+def _sample(prepared: Prepared, split: str, limit: int) -> _Sample:
+    """`limit` captions of a split (0: all), drawn with a fixed seed, each with another person's image."""
+    images, captions = prepared.split(split)
+    captions = captions.assign(number=captions.groupby("image_id").cumcount())
+    generator = np.random.default_rng(0)
+    if 0 < limit < len(captions):
+        captions = captions.iloc[np.sort(generator.choice(len(captions), limit, replace=False))]
+    captions = captions.sort_values(["image_id", "caption_id"], ignore_index=True)
+    used = images[images["image_id"].isin(captions["image_id"])].reset_index(drop=True)
+    position = pd.Series(used.index, index=used["image_id"])
+    right = captions["image_id"].map(position).to_numpy()
+    persons = used["person_id"].to_numpy()
+    if len(set(persons)) < 2:
+        raise DataError(
+            f"The captions of split {split!r} are about one person: there is no other person's image",
+            "Choose another --split, or a larger --limit.",
+        )
+    other = np.array([generator.choice(np.flatnonzero(persons != persons[own])) for own in right])
+    paths = [contained(prepared.image_root, path) for path in used["path"]]
+    return _Sample(captions.assign(image=used["path"].to_numpy()[right]), paths, right, other)
+
+
+# --- masking and filling in ---------------------------------------------------------------------------------
+
+
+class _Looking(NamedTuple):
+    """The images of a batch as the fusion layers want them, and which of them each caption looks at."""
+
+    projected: ImageKeysValues
+    image: Tensor  # [B]
+    other_image: Tensor  # [B]
+    no_image: Tensor  # [B]
+
+
+def compare(
+    model: PersonSearchModel,
+    prepared: Prepared,
+    split: str,
+    config: MaskingConfig,
+    draws: int = 3,
+    limit: int = 1000,
+    bf16: bool = False,
+) -> Comparison:
+    """Mask captions by every strategy at `config.ratio`, `draws` times each, and have the model fill them in.
+
+    A masked word is always [MASK] here, never a random word or itself as in training: what is measured is whether
+    the word can be told from the rest. The draws of the strategies share their random numbers, the three images
+    their masks. Each image is encoded once. "No image" is one of the mean colour throughout. Raises DataError for
+    a split with fewer than two persons, CheckpointError for a model that gives NaN.
+    """
+    sample = _sample(prepared, split, limit)
+    truth = read_truth(prepared)
+    encodings = model.tokenizer.encode(sample.captions["caption"].tolist())
+    images = encode_images(model, sample.paths, BATCH, bf16)
+    words: list[pd.DataFrame] = []
+    masked: list[pd.DataFrame] = []
+    units = 0
+    with inference(model, bf16), console.progress("Filling in masked words", len(encodings)) as task:
+        blank = model.encode_image(torch.zeros(1, 3, *model.config.image_size, device=model_device(model))).tokens
+        for number, start in enumerate(range(0, len(encodings), BATCH)):
+            part = slice(start, start + BATCH)
+            rows, codes = sample.captions.iloc[part], encodings[part]
+            batch = model.tokenizer.pad(codes).to(model_device(model))
+            attention_BL = class_attention(model, batch.ids, batch.mask, config)[1]
+            content_BW = model.tokenizer.content_mask(rows["caption"].tolist(), codes).to(batch.ids.device)
+            words.append(_word_table(rows, codes, content_BW, word_scores(attention_BL, batch.word_of), truth))
+            looking = _project(model, images, blank, sample.right[part], sample.other[part])
+            for draw in range(draws):
+                for strategy in STRATEGIES:
+                    chosen = select_words(
+                        batch,
+                        config.model_copy(update={"strategy": strategy}),
+                        generator=torch.Generator().manual_seed(stream_seed(draw, number, 3)),
+                        class_attention=attention_BL,
+                        content=content_BW,
+                    )
+                    table = _fill_in(model, batch, chosen, looking, rows["caption_id"].to_numpy())
+                    masked.append(table.assign(strategy=strategy, draw=draw))
+                units += int(chosen.present.sum())
+            task.advance(len(rows))
+    captions = sample.captions[["caption_id", "image", "caption"]]
+    return Comparison(captions, pd.concat(words, ignore_index=True), pd.concat(masked, ignore_index=True), units)
+
+
+def _word_table(
+    captions: pd.DataFrame, encodings: Sequence[Encoding], content_BW: Tensor, scores_BU: Tensor, truth: WordTruth | None
+) -> pd.DataFrame:
+    """The words of a batch that have tokens, as `Comparison.words`."""
+    rows = []
+    scores, flags = scores_BU.cpu().numpy(), content_BW.cpu().numpy()
+    for line, (caption, encoding) in enumerate(zip(captions.itertuples(), encodings, strict=True)):
+        known = truth.of(caption.image, caption.number, caption.caption) if truth else None
+        for word, (start, end) in enumerate(encoding.words[: max(encoding.word_of, default=-1) + 1]):
+            text, content, visible = caption.caption[start:end].lower(), bool(flags[line, word]), float("nan")
+            kind = usual_class(text) if content else FUNCTION
+            if known is not None:
+                named = known.named(start, end)
+                visible = float(named is not None and not named.wrong)
+                kind = named.word_class if named else OTHER if content else FUNCTION
+            rows.append((caption.caption_id, word, start, end, text, kind, content, visible, scores[line, word]))
+    columns = ["caption_id", "word", "start", "end", "text", "class", "content", "visible", "attention"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _project(
+    model: PersonSearchModel, images: ImageSet, blank: Tensor, right: np.ndarray, other: np.ndarray
+) -> _Looking:
+    """Keys and values of every image that a batch needs, the blank one last."""
+    device = blank.device
+    needed = np.union1d(right, other)
+    tokens = [tokens.to(device, blank.dtype) for tokens in images.tokens(needed.tolist())]
+    where = [torch.from_numpy(np.searchsorted(needed, indices)).to(device) for indices in (right, other)]
+    projected = model.project_image(torch.cat([*tokens, blank]))
+    return _Looking(projected, *where, torch.full_like(where[0], len(needed)))
+
+
+def _fill_in(
+    model: PersonSearchModel, batch: Batch, chosen: Chosen, looking: _Looking, caption_ids: np.ndarray
+) -> pd.DataFrame:
+    """Every masked unit of a batch with what the model makes of it, looking at each of the images in turn."""
+    hidden = batch.ids.masked_fill(chosen.tokens, model.tokenizer.mask_id)
+    text_BLD = model.encode_text(hidden, batch.mask).tokens
+    labels_S = batch.ids[chosen.tokens].cpu()
+    # Masked units are numbered row by row; a token's unit is its `slot`.
+    number_BU = chosen.units.flatten().cumsum(0).view_as(chosen.units) - 1
+    slot_S = number_BU.gather(1, chosen.unit_of.clamp(min=0))[chosen.tokens].cpu()
+    row_N = chosen.units.nonzero()[:, 0].cpu()
+    pieces_N = torch.zeros(len(row_N)).index_add(0, slot_S, torch.ones(len(slot_S)))
+    columns: dict[str, Any] = {
+        "caption_id": caption_ids[row_N.numpy()],
+        "word": torch.zeros(len(row_N), dtype=torch.long).scatter(0, slot_S, batch.word_of[chosen.tokens].cpu()).numpy(),
+        "pieces": pieces_N.int().numpy(),
+    }
+    for name in IMAGES:
+        fused = model.fuse(text_BLD, batch.mask, looking.projected, getattr(looking, name))
+        logits_SV = finite(model.mlm(fused[chosen.tokens]).float()).cpu()
+        loss_S = F.cross_entropy(logits_SV, labels_S, reduction="none")
+        columns[f"ce_{name}"] = torch.zeros(len(row_N)).index_add(0, slot_S, loss_S).numpy()
+        if name == "image":
+            rank_S = (logits_SV > logits_SV.gather(1, labels_S[:, None])).sum(1)
+            for column, within in (("top1", 1), ("top5", _TOP)):  # a word is right when all its pieces are
+                right_N = torch.zeros(len(row_N)).index_add(0, slot_S, (rank_S < within).float())
+                columns[column] = (right_N == pieces_N).numpy()
+            columns["guess"] = list(_guesses(model, logits_SV.argmax(1).tolist(), slot_S.tolist(), len(row_N)))
+    return pd.DataFrame(columns)
+
+
+def _guesses(model: PersonSearchModel, ids: Sequence[int], slots: Sequence[int], count: int) -> Iterator[str]:
+    """The words that the best pieces make."""
+    pieces: list[list[int]] = [[] for _ in range(count)]
+    for token, slot in zip(ids, slots, strict=True):
+        pieces[slot].append(token)
+    yield from map(model.tokenizer.decode_word, pieces)
+
+
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+def described(comparison: Comparison) -> pd.DataFrame:
+    """Every masked unit with what is known of its word."""
+    about = comparison.words[["caption_id", "word", "text", "class", "content", "visible", "attention"]]
+    return comparison.masked.merge(about, on=["caption_id", "word"], how="left", validate="many_to_one")
+
+
+def mask_table(comparison: Comparison) -> pd.DataFrame:
+    """masks.csv: one row a strategy, columns MASKS_COLUMNS (docs/compare-masks.md)."""
+    by_strategy = described(comparison).groupby("strategy", sort=False)
+    means = {name: "mean" for name in ("content", "visible", "top1", "top5", *(f"ce_{image}" for image in IMAGES))}
+    table = by_strategy.agg(means).reset_index()
+    table.insert(1, "realised_ratio", by_strategy.size().to_numpy() / comparison.units)
+    table["image_gain"] = table["ce_other_image"] - table["ce_image"]
+    names = {"content": "content_share", "visible": "visible_share", "top1": "mlm_top1", "top5": "mlm_top5"}
+    return table.rename(columns=names)[list(MASKS_COLUMNS)]
+
+
+def class_table(comparison: Comparison) -> pd.DataFrame:
+    """classes.csv: strategy, class, masked, share of the strategy's masked units; strategy "all" is every word."""
+    words = pd.concat([comparison.words.assign(strategy="all"), described(comparison)])
+    counts = words.groupby(["strategy", "class"]).size().rename("masked").reset_index()
+    counts["share"] = counts["masked"] / counts.groupby("strategy")["masked"].transform("sum")
+    return _in_order(counts, "masked")
+
+
+def word_table(comparison: Comparison) -> pd.DataFrame:
+    """most_masked.csv: strategy, word, class, masked, of (times it could have been), rate, image_gain in nats."""
+    words = described(comparison)
+    words["image_gain"] = words["ce_other_image"] - words["ce_image"]
+    table = words.groupby(["strategy", "text"]).agg(
+        {"class": lambda classes: classes.mode()[0], "word": "size", "image_gain": "mean"}
+    )
+    draws = comparison.masked["draw"].nunique()
+    occurrences = comparison.words["text"].value_counts() * draws
+    table = table.rename(columns={"word": "masked"}).reset_index().rename(columns={"text": "word"})
+    table.insert(4, "of", table["word"].map(occurrences))
+    table.insert(5, "rate", table["masked"] / table["of"])
+    return _in_order(table, "masked").groupby("strategy", sort=False).head(MOST).reset_index(drop=True)
+
+
+def _in_order(table: pd.DataFrame, by: str) -> pd.DataFrame:
+    """By strategy, then descending; equal ones in alphabetical order."""
+    rank = table["strategy"].map({name: place for place, name in enumerate(("all", *STRATEGIES))})
+    ordered = table.assign(rank=rank).sort_values(["rank", by], ascending=[True, False], kind="stable")
+    return ordered.drop(columns="rank").reset_index(drop=True)
+
+
+def against_random(comparison: Comparison) -> pd.DataFrame:
+    """against_random.csv: strategy, measure, ratio to random, difference with 95 % interval, p; paired by caption."""
+    words = described(comparison)
+    words["image_gain"] = words["ce_other_image"] - words["ce_image"]
+    measures = ["content", "visible", "image_gain"] if words["visible"].notna().any() else ["content", "image_gain"]
+    means = words.groupby(["strategy", "caption_id"])[measures].mean()
+    random, rows = means.loc["random"], []
+    for strategy in STRATEGIES[1:]:
+        for measure in measures:
+            pairs = (random[measure].to_numpy(float), means.loc[strategy][measure].to_numpy(float))
+            whole = words.groupby("strategy")[measure].mean()
+            test = paired_test(*pairs)
+            rows.append((strategy, measure, whole[strategy] / whole["random"], *test))
+    return pd.DataFrame(rows, columns=["strategy", "measure", "ratio", "difference", "low", "high", "p"])

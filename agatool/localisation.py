@@ -1,0 +1,209 @@
+"""Whether heat lies where it should: heat inside the part that a word names, and the pointing game.
+
+Plain arrays only, no torch. Shape suffixes: W words of one image, R rows and C columns of the patch grid, Y and X
+pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from agatool.data.prepare import Prepared
+from agatool.errors import DataError
+from agatool.files import contained, read_json
+
+CLASSES = ("garment", "colour", "accessory")
+JUDGED = ("garment", "colour")  # the classes that the defaults of `aga visualize-attention` are chosen by
+_GARMENTS = ("top", "inner", "bottom", "shoes")
+_ACCESSORIES = ("bag", "hat", "glasses", "umbrella", "phone", "scarf")
+_TRUTH_COLUMNS = ("img_path", "caption_index", "start", "end", "text", "part", "attribute", "wrong")
+_BORDER = 2  # cells of the mirrored border; a bicubic kernel reaches so far
+_BLOB_WIDTH = 0.25  # standard deviation of the centre blob, as a share of the image's height and width
+_TIE = 1e-6  # pixels this close to the peak, relative to it, share it
+
+Setting = tuple[str, str, str, str]  # mode, method, layer, head
+
+
+# -- pure functions of maps and masks -----------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def _bicubic(cells: int, pixels: int) -> np.ndarray:
+    """[pixels, cells]: the matrix that resamples one axis."""
+    mirrored = np.pad(np.eye(cells, dtype=np.float32), ((_BORDER, _BORDER), (0, 0)), mode="reflect")
+    box = (0, _BORDER, cells, _BORDER + cells)
+    return np.asarray(Image.fromarray(mirrored).resize((cells, pixels), Image.Resampling.BICUBIC, box=box))
+
+
+def upsample(maps_WRC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Heat of patches [W, R, C] -> heat of pixels [W, Y, X] of an image of `size` (height, width), never negative.
+
+    Bicubic, so that a peak between two hot patches lies between them. The border is mirrored about the centres of
+    the outermost patches: repeating them, as usual, would drag every peak of an outermost patch to the edge.
+    """
+    rows, columns = (_bicubic(cells, pixels) for cells, pixels in zip(maps_WRC.shape[-2:], size, strict=True))
+    return np.maximum(rows @ maps_WRC.astype(np.float32) @ columns.T, 0.0)
+
+
+def score(heat_WYX: np.ndarray, mask_WYX: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(share, hit), each [W]: heat inside the mask over all heat, and whether the peak lies in the mask.
+
+    The pointing game of Zhang et al. 2016 (Top-down Neural Attention by Excitation Backprop) without its tolerance of
+    some pixels. Where several pixels are the peak, `hit` is the share of them in the mask: what drawing one of them
+    would give on average. A map without any heat counts as uniform.
+    """
+    heat, mask = heat_WYX.reshape(len(heat_WYX), -1), mask_WYX.reshape(len(mask_WYX), -1)
+    heat = np.where(heat.max(1, keepdims=True) > 0, heat, 1.0)
+    peak = heat >= heat.max(1, keepdims=True) * (1 - _TIE)
+    return (heat * mask).sum(1) / heat.sum(1), (peak & mask).sum(1) / peak.sum(1)
+
+
+def centre_blob(size: tuple[int, int]) -> np.ndarray:
+    """[Y, X]: a Gaussian in the middle of the image, the guess of one who has not looked."""
+    axes = (((np.arange(pixels) + 0.5) / pixels - 0.5) / _BLOB_WIDTH for pixels in size)
+    down, right = (np.exp(-0.5 * axis**2) for axis in axes)
+    return np.outer(down, right)
+
+
+def coverage(mask_WYX: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """[W, R, C]: the share of each patch that the mask covers: the best that a map of this grid can say."""
+    rows, columns = (
+        np.linspace(0, pixels, cells + 1).round().astype(int)
+        for pixels, cells in zip(mask_WYX.shape[1:], grid, strict=True)
+    )
+    sums = np.add.reduceat(np.add.reduceat(mask_WYX.astype(np.float32), rows[:-1], 1), columns[:-1], 2)
+    return sums / (np.diff(rows)[:, None] * np.diff(columns))
+
+
+# -- truth of the sample data set ---------------------------------------------------------------------------------
+
+
+class Named(NamedTuple):
+    """A word (or two, "shoulder bag") that tells of one part of the person, by what the renderer knows."""
+
+    start: int
+    end: int  # character offsets in the caption
+    kind: str  # one of CLASSES
+    part: int  # its number in the masks
+
+
+def word_class(part: str, attribute: str) -> str:
+    """One of CLASSES, or "" for words about hair, face or the whole figure."""
+    if attribute.endswith("_color"):
+        return "colour"
+    return "garment" if part in _GARMENTS else "accessory" if part in _ACCESSORIES else ""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the renderer of the sample data set knows of its images."""
+
+    folder: Path
+    named: dict[int, list[Named]]  # caption_id -> its words; wrong words (10 % of them) are left out
+
+    def mask(self, path: str) -> np.ndarray:
+        """[Y, X] part numbers of the image with this path. Raises DataError."""
+        file = contained(self.folder / "parts", str(Path(path).with_suffix(".png")))
+        try:
+            with Image.open(file, formats=("PNG",)) as image:
+                return np.asarray(image)
+        except Exception as error:  # a decoder fed a broken file raises nearly anything
+            raise DataError(f"Cannot read the part mask {file}: {error}", "aga prepare --dataset sample") from error
+
+
+def read_truth(prepared: Prepared) -> Truth:
+    """The truth beside the images of a prepared sample data set. DataError where there is none or it does not fit."""
+    folder = prepared.image_root.parent / "truth"
+    if not (folder / "captions.csv").is_file():
+        raise DataError(
+            f"{prepared.name} has no part masks to measure against; the sample data set has",
+            "aga visualize-attention --measure --dataset sample",
+        )
+    try:
+        table = pd.read_csv(folder / "captions.csv", na_filter=False)[list(_TRUTH_COLUMNS)]
+        numbers = {name: int(number) for number, name in read_json(folder / "parts.json").items()}
+    except (KeyError, ValueError, AttributeError) as error:
+        raise DataError(f"{folder} is not the sample data set's truth: {error}", "Prepare the sample again.") from error
+    paths = prepared.images.set_index("image_id")["path"]
+    captions = prepared.captions.assign(
+        img_path=prepared.captions["image_id"].map(paths),
+        caption_index=prepared.captions.groupby("image_id").cumcount(),
+    )
+    named: dict[int, list[Named]] = {}
+    for row in table.merge(captions, on=["img_path", "caption_index"]).itertuples(index=False):
+        kind = word_class(row.part, row.attribute)
+        if kind and not row.wrong and row.part in numbers and row.caption[row.start : row.end] == row.text:
+            named.setdefault(row.caption_id, []).append(Named(row.start, row.end, kind, numbers[row.part]))
+    return Truth(folder, named)
+
+
+# -- the table ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Scores:
+    """Collects share and hit of every word under every setting."""
+
+    rows: list[tuple[Setting, str, float, float]] = field(default_factory=list)
+
+    def add(self, setting: Setting, kinds: Sequence[str], heat_WYX: np.ndarray, mask_WYX: np.ndarray) -> None:
+        """Judge one image's words under one setting."""
+        share, hit = score(heat_WYX, mask_WYX)
+        self.rows += [(setting, *row) for row in zip(kinds, share.tolist(), hit.tolist(), strict=True)]
+
+    def add_baselines(self, kinds: Sequence[str], mask_WYX: np.ndarray, grid: tuple[int, int]) -> None:
+        """What one image's words get without any model: uniform, centre blob, and the best that the grid allows."""
+        size = mask_WYX.shape[1:]
+        guesses = {"uniform": np.ones(size), "centre": centre_blob((size[0], size[1]))}
+        for name, heat in guesses.items():
+            self.add(("-", name, "-", "-"), kinds, np.broadcast_to(heat, mask_WYX.shape), mask_WYX)
+        best = upsample(coverage(mask_WYX, grid), (size[0], size[1]))
+        self.add(("-", "best of grid", "-", "-"), kinds, best, mask_WYX)
+
+    def table(self) -> pd.DataFrame:
+        """mode, method, layer, head, class, words, heat_share, pointing, times_centre; shares from 0 to 1.
+
+        `times_centre` is pointing over the centre blob's. Rows come in the order in which settings were added.
+        """
+        flat = pd.DataFrame([(*setting, *rest) for setting, *rest in self.rows], columns=_COLUMNS)
+        means = flat.groupby(list(_COLUMNS[:5]), sort=False, as_index=False).agg(
+            words=("pointing", "size"), heat_share=("heat_share", "mean"), pointing=("pointing", "mean")
+        )
+        centre = means[means["method"] == "centre"].set_index("class")["pointing"]
+        reference = means["class"].map(centre)
+        means["times_centre"] = (means["pointing"] / reference.where(reference > 0)).astype(float)
+        return means
+
+
+_COLUMNS = ("mode", "method", "layer", "head", "class", "heat_share", "pointing")
+
+
+def table_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """The table for a terminal, (header, rows): a row a setting, pointing and heat share in percent for each class."""
+    cells = {(*row[:4], row[4]): row for row in table.itertuples(index=False, name=None)}
+    settings = list(dict.fromkeys(key[:4] for key in cells))
+    header = ["mode", "method", "layer", "head", *(f"{kind}: {what}" for kind in CLASSES for what in ("hit", "heat"))]
+    rows = []
+    for setting in settings:
+        row = list(setting)
+        for kind in CLASSES:
+            _, _, _, _, _, _, heat, hit, times = cells.get((*setting, kind), (*setting, kind, 0, *[float("nan")] * 3))
+            row += [f"{100 * hit:.1f} ({times:.1f}x)", f"{100 * heat:.1f}"]
+        rows.append(row)
+    return header, rows
+
+
+def best_setting(table: pd.DataFrame, mode: str) -> Setting:
+    """The setting of a mode that points best, by the mean of the JUDGED classes."""
+    judged = table[(table["mode"] == mode) & table["class"].isin(JUDGED)]
+    means = judged.groupby(["mode", "method", "layer", "head"], sort=False)["pointing"].mean()
+    return tuple(means.idxmax())

@@ -11,7 +11,7 @@ from agatool.page import Markup, join, tag
 from agatool.report import Panel, smoothed
 
 COLOURS = 8  # classes k0 to k7 of the style sheet
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 460, 250, 50, 8, 34
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 360, 220, 46, 8, 36
 _POINTS = 300  # of a line: more cannot be seen, and every one costs bytes
 _BINS = 32
 
@@ -20,6 +20,8 @@ class _Axes:
     """Data coordinates to those of the drawing, with round ticks."""
 
     def __init__(self, x: tuple[float, float], y: tuple[float, float]) -> None:
+        if y[1] - y[0] < 1e-6 * max(1.0, abs(y[1])):  # a constant still wants round ticks around it
+            y = (y[0] - 0.5, y[1] + 0.5)
         self.x_ticks = MaxNLocator(5).tick_values(*x)
         self.y_ticks = MaxNLocator(5).tick_values(*y)
         self._x = (x[0], max(x[1], x[0] + 1e-12))
@@ -44,7 +46,7 @@ class _Axes:
             parts.append(tag("text", _figure(tick), x=_LEFT - 7, y=y + 4, text_anchor="end"))
         for tick in self.x_ticks:
             x = self.place(tick, self._y[0])[0]
-            parts.append(tag("text", _figure(tick), x=x, y=floor + 16, text_anchor="middle"))
+            parts.append(tag("text", _figure(tick), x=x, y=floor + 15, text_anchor="middle"))
         parts.append(tag("text", x_label, x=(_WIDTH + _LEFT) / 2, y=_HEIGHT - 3, text_anchor="middle"))
         return join(*parts)
 
@@ -53,10 +55,12 @@ def _figure(value: float) -> str:
     return f"{0.0 if abs(value) < 1e-12 else value:.6g}"
 
 
-def _chart(title: str, told: str, drawing: Markup, legend: Sequence[str]) -> Markup:
+def _chart(title: str, told: str, drawing: Markup, legend: Sequence[str], note: str = "") -> Markup:
     """`told` says in words what the drawing shows, for those who do not see it."""
     picture = tag("svg", drawing, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img", aria_label=f"{title}. {told}")
     keys = [tag("span", tag("i", class_=_colour(place)), text) for place, text in enumerate(legend)]
+    if note:
+        keys.append(tag("span", note, class_="muted"))
     return tag("figure", tag("h3", title), picture, tag("div", *keys, class_="legend"), class_="chart")
 
 
@@ -90,10 +94,8 @@ def line_chart(panel: Panel) -> Markup:
                 parts.append(tag("circle", cx=x, cy=y, r=3, class_=colour))
         parts.append(tag("polyline", points=axes.points(steps, shown), class_=f"line {colour}"))
         legend.append(f"{line.label} {shown[-1]:.4g}" if shown else line.label)
-    chosen = f" Dotted: step {panel.marked}, chosen." if panel.marked is not None else ""
-    told = f"Last values at step {last:.0f}: {', '.join(legend)}.{chosen}"
-    chart = _chart(panel.title, told, join(*parts), legend)
-    return chart
+    chosen = f"dotted: chosen, step {panel.marked}" if panel.marked is not None else ""
+    return _chart(panel.title, f"Last values: {', '.join(legend)}. {chosen}", join(*parts), legend, chosen)
 
 
 def histogram(title: str, groups: dict[str, np.ndarray]) -> Markup:
@@ -106,7 +108,7 @@ def histogram(title: str, groups: dict[str, np.ndarray]) -> Markup:
     axes = _Axes((edges[0], edges[-1]), (0.0, max(float(share.max()) for share in shares.values())))
     parts, legend = [axes.draw("score; height: percent of the group")], []
     for place, (name, share) in enumerate(shares.items()):
-        outline = axes.points(np.repeat(edges, 2), [0.0, *np.repeat(share, 2), 0.0])
+        outline = axes.points(np.repeat(edges, 2).tolist(), [0.0, *np.repeat(share, 2), 0.0])
         parts.append(tag("path", d=f"M{outline.replace(' ', 'L')}Z", class_=f"area {_colour(place)}"))
         group = values[name]
         middle = f", median {np.median(group):.3g}" if len(group) else ""

@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from agatool import __version__, console
-from agatool.config import ModelConfig
+from agatool.config import ModelConfig, explain
 from agatool.errors import CheckpointError, DiskError
 from agatool.files import atomic_folder, recover_folder, write_json
 from agatool.model import PersonSearchModel
 from agatool.tokenization import load_tokenizer
 
 FORMAT = 1  # of config.json; a newer one is refused
+STATE_FILE = "state.json"  # of a resumable checkpoint
 TEACHER_FILE = "teacher.safetensors"  # beside model.safetensors: a momentum copy to continue training with
 NAMES_TOLD = 12  # names of tensors in an error
 
@@ -56,10 +57,13 @@ def load(path: str | Path) -> PersonSearchModel:
     recover_folder(folder)
     config = read_model_config(folder)
     try:
-        model = PersonSearchModel(config)
+        with torch.device("meta"):  # no random values that the weights replace
+            model = PersonSearchModel(config)
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}", "The folder is damaged; copy it again.") from error
-    load_state(model, read_tensors(folder / "model.safetensors"), folder)
+    tensors = read_tensors(folder / "model.safetensors")
+    check_state(model, tensors, folder)  # before memory is taken for what a broken config.json asks
+    model.to_empty(device="cpu").load_state_dict(tensors)
     model.tokenizer = load_tokenizer(folder / "tokenizer.json", config.text)
     if model.tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
@@ -102,7 +106,9 @@ def read_model_config(folder: Path) -> ModelConfig:
             f"{folder} is not a model folder: config.json cannot be read ({error.strerror})",
             "Give a folder such as runs/NAME/best, or a run folder.",
         ) from error
-    except (ValueError, RecursionError, ValidationError) as error:
+    except ValidationError as error:
+        raise CheckpointError(f"{file} is broken: {explain(error)}", "Copy the folder again.") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is broken: {error}", "Copy the folder again.") from error
 
 
@@ -170,15 +176,22 @@ def save_checkpoint(
     with atomic_folder(folder / f"step-{step}") as temporary:
         save_tensors(temporary / "model.safetensors", model)
         save_tensors(temporary / "trainer.safetensors", trainer)
-        write_json(temporary / "state.json", {"step": step, **state})
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        write_json(temporary / STATE_FILE, {"step": step, **state})
+    kept = checkpoints(folder)[-keep:]
+    for old in _step_folders(folder):
+        if old not in kept:
+            (old / STATE_FILE).unlink(missing_ok=True)  # first: half of it must not pass for a checkpoint
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    found = [p for p in folder.glob("step-*") if p.name[5:].isdecimal()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints in `folder`, oldest first."""
-    found = [p for p in folder.glob("step-*") if p.name[5:].isdigit() and (p / "state.json").exists()]
-    return sorted(found, key=lambda p: int(p.name[5:]))
+    return [p for p in _step_folders(folder) if (p / STATE_FILE).exists()]
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -413,6 +413,42 @@ def evaluate(
     _show_metrics(outcome, plan.out, json_)
 
 
+@app.command(rich_help_panel=MODELS)
+@_reporting
+def convert(
+    source: Annotated[Path, typer.Argument(help="An ALBEF or RaSa checkpoint: .pth or .safetensors.")],
+    out: Annotated[Path, typer.Argument(help="Model folder to write.")],
+    config: Annotated[
+        Path | None, typer.Option(help="JSON with what tensors do not tell: numbers of heads. Default width / 64.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Its vocabulary: bert-base-uncased, a folder or a file.")
+    ] = None,
+    with_teacher: Annotated[
+        bool, typer.Option("--with-teacher", help="Keep the momentum copy for training on.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder OUT.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Turn a reference checkpoint into a model folder that every command takes.
+
+    Examples:
+
+      aga convert ALBEF.pth models/albef --tokenizer bert-base-uncased
+
+      aga convert rasa_cuhk.pth models/rasa --with-teacher
+    """
+    from agatool.convert import convert as convert_checkpoint
+    from agatool.convert import report
+
+    converted = convert_checkpoint(source, out, config, with_teacher, tokenizer, overwrite)
+    report(converted)
+    for why, names in converted.left_out.items():
+        console.info(f"left out, {why}: {len(names)} tensors")
+    size = sum(p.numel() for p in converted.model.parameters())
+    console.result(f"{out}: {size:,} parameters, images {converted.model.config.image_size}")
+
+
 def _show_metrics(outcome: Any, folder: Path, as_json: bool) -> None:
     from agatool.report import metric_rows, metric_table
 

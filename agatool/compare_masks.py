@@ -5,8 +5,9 @@ Shape suffixes: B captions of a batch, L tokens, U maskable units, S masked toke
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +21,16 @@ from agatool import console
 from agatool.config import MaskingConfig, build_config, parse_override, read_toml
 from agatool.data.prepare import Prepared
 from agatool.data.sampling import stream_seed
-from agatool.data.word_classes import FUNCTION, OTHER, WordTruth, read_truth, usual_class
+from agatool.data.word_classes import CLASSES, FUNCTION, OTHER, WordTruth, named, read_truth, usual_class
 from agatool.encoding import ImageSet, encode_images, finite, inference, model_device
 from agatool.errors import DataError
 from agatool.files import contained
+from agatool.mask_figures import Guess, ShownCaption, Word, captions_html, masks_png
 from agatool.masking import Chosen, Strategy, select_words, word_scores
 from agatool.metrics import paired_test
 from agatool.model import ImageKeysValues, PersonSearchModel
 from agatool.objective import class_attention
+from agatool.report import write_csv
 from agatool.tokenization import Batch, Encoding
 
 STRATEGIES: tuple[Strategy, ...] = ("random", "content", "attention")
@@ -38,6 +41,7 @@ MASKS_COLUMNS = (
 )  # fmt: skip
 BATCH = 32  # captions; their images' keys and values are held at once
 MOST = 30  # words a strategy listed in most_masked.csv
+SHOWN = 12  # captions of the page
 _TOP = 5
 
 
@@ -164,7 +168,11 @@ def compare(
 
 
 def _word_table(
-    captions: pd.DataFrame, encodings: Sequence[Encoding], content_BW: Tensor, scores_BU: Tensor, truth: WordTruth | None
+    captions: pd.DataFrame,
+    encodings: Sequence[Encoding],
+    content_BW: Tensor,
+    scores_BU: Tensor,
+    truth: WordTruth | None,
 ) -> pd.DataFrame:
     """The words of a batch that have tokens, as `Comparison.words`."""
     rows = []
@@ -175,9 +183,9 @@ def _word_table(
             text, content, visible = caption.caption[start:end].lower(), bool(flags[line, word]), float("nan")
             kind = usual_class(text) if content else FUNCTION
             if known is not None:
-                named = known.named(start, end)
-                visible = float(named is not None and not named.wrong)
-                kind = named.word_class if named else OTHER if content else FUNCTION
+                about = named(known, start, end)
+                visible = float(about is not None and not about.wrong)
+                kind = about.word_class if about else OTHER if content else FUNCTION
             rows.append((caption.caption_id, word, start, end, text, kind, content, visible, scores[line, word]))
     columns = ["caption_id", "word", "start", "end", "text", "class", "content", "visible", "attention"]
     return pd.DataFrame(rows, columns=columns)
@@ -190,9 +198,9 @@ def _project(
     device = blank.device
     needed = np.union1d(right, other)
     tokens = [tokens.to(device, blank.dtype) for tokens in images.tokens(needed.tolist())]
-    where = [torch.from_numpy(np.searchsorted(needed, indices)).to(device) for indices in (right, other)]
+    own, others = (torch.from_numpy(np.searchsorted(needed, indices)).to(device) for indices in (right, other))
     projected = model.project_image(torch.cat([*tokens, blank]))
-    return _Looking(projected, *where, torch.full_like(where[0], len(needed)))
+    return _Looking(projected, own, others, torch.full_like(own, len(needed)))
 
 
 def _fill_in(
@@ -206,21 +214,23 @@ def _fill_in(
     number_BU = chosen.units.flatten().cumsum(0).view_as(chosen.units) - 1
     slot_S = number_BU.gather(1, chosen.unit_of.clamp(min=0))[chosen.tokens].cpu()
     row_N = chosen.units.nonzero()[:, 0].cpu()
-    pieces_N = torch.zeros(len(row_N)).index_add(0, slot_S, torch.ones(len(slot_S)))
+    zeros_N = torch.zeros(len(row_N))
+    pieces_N = zeros_N.index_add(0, slot_S, torch.ones(len(slot_S)))
+    word_N = zeros_N.long().scatter(0, slot_S, batch.word_of[chosen.tokens].cpu())
     columns: dict[str, Any] = {
         "caption_id": caption_ids[row_N.numpy()],
-        "word": torch.zeros(len(row_N), dtype=torch.long).scatter(0, slot_S, batch.word_of[chosen.tokens].cpu()).numpy(),
+        "word": word_N.numpy(),
         "pieces": pieces_N.int().numpy(),
     }
     for name in IMAGES:
         fused = model.fuse(text_BLD, batch.mask, looking.projected, getattr(looking, name))
         logits_SV = finite(model.mlm(fused[chosen.tokens]).float()).cpu()
         loss_S = F.cross_entropy(logits_SV, labels_S, reduction="none")
-        columns[f"ce_{name}"] = torch.zeros(len(row_N)).index_add(0, slot_S, loss_S).numpy()
+        columns[f"ce_{name}"] = zeros_N.index_add(0, slot_S, loss_S).numpy()
         if name == "image":
             rank_S = (logits_SV > logits_SV.gather(1, labels_S[:, None])).sum(1)
             for column, within in (("top1", 1), ("top5", _TOP)):  # a word is right when all its pieces are
-                right_N = torch.zeros(len(row_N)).index_add(0, slot_S, (rank_S < within).float())
+                right_N = zeros_N.index_add(0, slot_S, (rank_S < within).float())
                 columns[column] = (right_N == pieces_N).numpy()
             columns["guess"] = list(_guesses(model, logits_SV.argmax(1).tolist(), slot_S.tolist(), len(row_N)))
     return pd.DataFrame(columns)
@@ -246,7 +256,7 @@ def described(comparison: Comparison) -> pd.DataFrame:
 def mask_table(comparison: Comparison) -> pd.DataFrame:
     """masks.csv: one row a strategy, columns MASKS_COLUMNS (docs/compare-masks.md)."""
     by_strategy = described(comparison).groupby("strategy", sort=False)
-    means = {name: "mean" for name in ("content", "visible", "top1", "top5", *(f"ce_{image}" for image in IMAGES))}
+    means = dict.fromkeys(("content", "visible", "top1", "top5", *(f"ce_{image}" for image in IMAGES)), "mean")
     table = by_strategy.agg(means).reset_index()
     table.insert(1, "realised_ratio", by_strategy.size().to_numpy() / comparison.units)
     table["image_gain"] = table["ce_other_image"] - table["ce_image"]
@@ -259,7 +269,9 @@ def class_table(comparison: Comparison) -> pd.DataFrame:
     words = pd.concat([comparison.words.assign(strategy="all"), described(comparison)])
     counts = words.groupby(["strategy", "class"]).size().rename("masked").reset_index()
     counts["share"] = counts["masked"] / counts.groupby("strategy")["masked"].transform("sum")
-    return _in_order(counts, "masked")
+    table = _in_order(counts, "masked")
+    table.attrs["order"] = CLASSES
+    return table
 
 
 def word_table(comparison: Comparison) -> pd.DataFrame:
@@ -298,3 +310,57 @@ def against_random(comparison: Comparison) -> pd.DataFrame:
             test = paired_test(*pairs)
             rows.append((strategy, measure, whole[strategy] / whole["random"], *test))
     return pd.DataFrame(rows, columns=["strategy", "measure", "ratio", "difference", "low", "high", "p"])
+
+
+# --- what is written ----------------------------------------------------------------------------------------
+
+
+def write_comparison(out: Path, comparison: Comparison, prepared: Prepared, title: str) -> dict[str, Any]:
+    """masks.csv, classes.csv, most_masked.csv, against_random.csv, words.csv, masks.png and captions.html in `out`.
+
+    Returns the first four as plain data, for --json.
+    """
+    tables = {
+        "masks": mask_table(comparison),
+        "classes": class_table(comparison),
+        "most_masked": word_table(comparison),
+        "against_random": against_random(comparison),
+    }
+    for name, table in tables.items():
+        write_csv(out / f"{name}.csv", table)
+    write_csv(out / "words.csv", described(comparison))
+    masks_png(out / "masks.png", tables["masks"], tables["classes"])
+    shown = list(_shown(comparison, prepared))
+    captions_html(out / "captions.html", title, out / "masks.png", mask_rows(tables["masks"]), shown)
+    return {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
+
+
+def _shown(comparison: Comparison, prepared: Prepared) -> Iterator[ShownCaption]:
+    """Captions for the page, spread evenly over the compared ones, with the masks of the first draw."""
+    chosen = np.unique(np.linspace(0, len(comparison.captions) - 1, SHOWN).round().astype(int))
+    words = dict(list(comparison.words.groupby("caption_id")))
+    masked = dict(list(comparison.masked.query("draw == 0").groupby(["caption_id", "strategy"])))
+    for row in comparison.captions.iloc[chosen].itertuples():
+        if row.caption_id not in words:
+            continue
+        guesses: dict[str, dict[int, Guess]] = {}
+        for name in STRATEGIES:
+            rows = masked[row.caption_id, name].itertuples()
+            guesses[name] = {unit.word: Guess(unit.guess, unit.top1) for unit in rows}
+        image = contained(prepared.image_root, row.image)
+        spans = [Word(word.start, word.end, word.attention) for word in words[row.caption_id].itertuples()]
+        yield ShownCaption(image, row.caption, spans, guesses)
+
+
+def mask_rows(masks: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """masks.csv for a terminal: header and rows."""
+    percent = {name for name in MASKS_COLUMNS[1:] if not name.startswith(("ce_", "image_"))}
+    rows = []
+    for record in masks.to_dict("records"):
+        shown = {
+            name: "" if pd.isna(value) else f"{value:.1%}" if name in percent else f"{value:.3f}"
+            for name, value in record.items()
+            if name != "strategy"
+        }
+        rows.append([record["strategy"], *shown.values()])
+    return [name.replace("_", " ") for name in MASKS_COLUMNS], rows

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import reprlib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from agatool.errors import UsageError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Bounds that no model reaches: a config.json from outside must not make the program run for ever.
+Size = Annotated[int, Field(ge=1, le=2**20)]
+Depth = Annotated[int, Field(ge=1, le=256)]
+Scale = Annotated[FiniteFloat, Field(gt=0)]
+# TOML has no null: "none" takes back what a preset sets.
+Maybe = BeforeValidator(lambda value: None if value == "none" else value)
 
 
 class Section(BaseModel):
@@ -27,33 +35,43 @@ class TextConvention(Section):
 
     sep: bool = True  # end with [SEP]; ALBEF and RaSa emit `[CLS] X` alone
     cleanup: Literal["none", "albef"] = "none"  # albef: lowercase, drop ,.'!?"()*#:;~ and turn - / into spaces
-    max_words: int | None = Field(None, ge=1)  # cut the caption to so many words first
+    max_words: Annotated[int | None, Field(ge=1), Maybe] = None  # cut the caption to so many words first
     max_tokens: int = Field(64, ge=4)  # special tokens included
 
 
 class ModelConfig(Section):
     """Sizes of the one core model; stored as config.json beside the weights."""
 
-    image_model: str | None = None  # a timm ViT by name; None: a plain ViT of the sizes below
-    image_size: tuple[int, int] = (128, 64)  # height, width in pixels
-    patch: int = Field(16, ge=1)
+    image_model: Annotated[str | None, Maybe] = None  # a timm ViT by name; None: a plain ViT of the sizes below
+    image_size: tuple[Size, Size] = (128, 64)  # height, width in pixels
+    patch: Size = 16
     stem: Literal["patch", "conv"] = "patch"  # conv: stride-2 3x3 convolutions down to `patch` pixels a token
-    image_width: int = Field(96, ge=1)
-    image_depth: int = Field(3, ge=1)
-    image_heads: int = Field(3, ge=1)
-    image_mean: tuple[float, float, float] = CLIP_MEAN
-    image_std: tuple[float, float, float] = CLIP_STD
-    vocab_size: int = Field(1000, ge=5)
-    text_width: int = Field(96, ge=1)
-    text_heads: int = Field(3, ge=1)
-    text_mlp: int = Field(384, ge=1)
-    text_layers: int = Field(2, ge=1)
-    fusion_layers: int = Field(2, ge=1)
-    max_positions: int = Field(64, ge=1)
+    image_width: Size = 96
+    image_depth: Depth = 3
+    image_heads: Size = 3
+    image_mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat] = CLIP_MEAN
+    image_std: tuple[Scale, Scale, Scale] = CLIP_STD
+    vocab_size: int = Field(1000, ge=5, le=2**20)
+    text_width: Size = 96
+    text_heads: Size = 3
+    text_mlp: Size = 384
+    text_layers: Depth = 2
+    fusion_layers: Depth = 2
+    max_positions: Size = 64
     dropout: float = Field(0.1, ge=0, lt=1)
-    embed_dim: int = Field(96, ge=1)
+    embed_dim: Size = 96
     text: TextConvention = TextConvention()
     untrained: tuple[str, ...] = ()  # parameters that a converted checkpoint did not bring
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ModelConfig:
+        for side in ("image", "text"):
+            width, heads = getattr(self, f"{side}_width"), getattr(self, f"{side}_heads")
+            if width % heads:
+                raise ValueError(f"{side}_width {width} is no multiple of {side}_heads {heads}")
+        if self.text.max_tokens > self.max_positions:
+            raise ValueError(f"text.max_tokens {self.text.max_tokens} exceeds max_positions {self.max_positions}")
+        return self
 
 
 class DataConfig(Section):
@@ -61,7 +79,7 @@ class DataConfig(Section):
 
     dataset: str = "sample"
     dir: str = "data/sample"
-    workers: int = Field(0, ge=0)  # decoding processes
+    workers: int = Field(0, ge=0)  # decoding threads
     cache: bool = True  # keep decoded training images in memory where they fit in 2 GiB
     flip: float = Field(0.5, ge=0, le=1)
     pad: float = Field(0.05, ge=0, le=0.5)  # random shift, as a fraction of the height
@@ -107,7 +125,7 @@ class TrainConfig(Section):
     """Optimisation, length and bookkeeping of a run."""
 
     epochs: int = Field(30, ge=1)
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: Annotated[int | None, Field(ge=1), Maybe] = None
     batch_size: int = Field(64, ge=1)
     accumulate: int = Field(1, ge=1)
     lr: float = Field(1e-5, gt=0)
@@ -122,8 +140,8 @@ class TrainConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     init: str = "auto"  # scratch, shipped, a model folder, a checkpoint such as ALBEF.pth; auto: see `plan_run`
-    image_weights: str | None = None  # for init scratch: a weights file of model.image_model, or `hub`
-    text_model: str | None = None  # for init scratch: a BERT by hub name or folder; brings its tokenizer
+    image_weights: Annotated[str | None, Maybe] = None  # for init scratch: a file for model.image_model, or `hub`
+    text_model: Annotated[str | None, Maybe] = None  # for init scratch: a BERT by hub name or folder, its tokenizer too
 
 
 class EvalConfig(Section):
@@ -209,7 +227,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"Cannot read {path}: {error.strerror}", "Check --config.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # tomllib raises plain ones too
         raise UsageError(f"{path} is not valid TOML: {error}", "aga train --print-config shows a valid one.") from error
 
 
@@ -221,7 +239,7 @@ def parse_override(text: str) -> dict[str, Any]:
         raise UsageError(f"--set {text!r} is not section.key=value", "For example --set masking.ratio=0.25")
     try:
         value: Any = tomllib.loads(f"value = {raw.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = raw.strip()
     return _nested(dotted.strip(), value)
 
@@ -232,18 +250,25 @@ def build_config(*layers: dict[str, Any], preset: str | None = None) -> RunConfi
     for layer in layers:
         merged = _merge(merged, layer)
     name = preset or merged.get("preset", "tiny")
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise UsageError(f"Unknown preset {name!r}", f"Choose one of: {', '.join(PRESETS)}.")
     merged = _merge(_merge(PRESETS[name], merged), {"preset": name})
     try:
         return RunConfig.model_validate(merged)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
         raise UsageError(
-            f"Configuration key {where}: {first['msg']} (got {first.get('input')!r})",
-            "aga train --print-config shows every key with its value.",
+            f"Configuration key {explain(error)}", "aga train --print-config shows every key with its value."
         ) from error
+
+
+def explain(error: ValidationError) -> str:
+    """The first thing that is wrong, in one line: the key, why, and the value."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "value_error":  # a section's keys that do not fit together
+        return f"{where}: {first['ctx']['error']}".removeprefix(": ")
+    why = "there is no such key" if first["type"] == "extra_forbidden" else first["msg"]
+    return f"{where}: {why} (got {reprlib.repr(first['input'])})"
 
 
 def plan_run(
@@ -263,7 +288,8 @@ def plan_run(
     init = config.train.init
     if init == "auto":
         as_shipped = config.preset == "tiny" and config.model == build_config(preset="tiny").model
-        init = "shipped" if config.data.dataset == "sample" and as_shipped else "scratch"
+        parts = config.train.text_model or config.train.image_weights
+        init = "shipped" if config.data.dataset == "sample" and as_shipped and not parts else "scratch"
     if init == "scratch":
         derived = _merge(derived, FROM_SCRATCH.get(config.preset, {}))
     return build_config(derived, *layers, {"train": {"init": init}})
@@ -276,5 +302,12 @@ def _nested(dotted: str, value: Any) -> dict[str, Any]:
 
 
 def to_toml(config: RunConfig) -> str:
-    """The configuration as TOML, re-runnable with --config."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+    """The configuration as TOML, re-runnable with --config: every key, so that no preset fills one in."""
+    return tomli_w.dumps(_without_null(config.model_dump(mode="json")))
+
+
+def _without_null(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_null(value) if isinstance(value, dict) else "none" if value is None else value
+        for key, value in values.items()
+    }

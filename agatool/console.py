@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -23,18 +24,22 @@ from rich.progress import (
 from rich.table import Table
 
 LOG_EVERY_SECONDS = 10.0
+PIPE_WIDTH = 240  # columns where there is no terminal
 
 _out = Console(highlight=False, soft_wrap=True)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
-_quiet = False
+_quiet = False  # these three until `configure`
 
 
 def configure(quiet: bool = False) -> None:
     """Set for the whole process whether messages and progress are shown; also binds the current std streams."""
     global _out, _err, _quiet
-    _out = Console(highlight=False, soft_wrap=True, file=sys.stdout)
-    _err = Console(highlight=False, soft_wrap=True, file=sys.stderr)
-    _quiet = quiet
+    _out, _err, _quiet = _on(sys.stdout), _on(sys.stderr), quiet
+
+
+def _on(stream: TextIO) -> Console:
+    """A console on a stream; a file or pipe is as wide as its tables are, not as some terminal."""
+    return Console(file=stream, highlight=False, soft_wrap=True, width=None if stream.isatty() else PIPE_WIDTH)
 
 
 def info(message: str) -> None:
@@ -64,7 +69,16 @@ def result(text: str) -> None:
 
 def result_json(document: Any) -> None:
     """The command's result as one JSON document (stdout, also when quiet)."""
-    sys.stdout.write(json.dumps(document, ensure_ascii=False, indent=1) + "\n")
+    sys.stdout.write(json.dumps(_strict(document), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
+def _strict(value: Any) -> Any:
+    """The document with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

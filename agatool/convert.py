@@ -31,6 +31,7 @@ from agatool.foreign import (
     square_grid,
 )
 from agatool.model import PersonSearchModel, resample_positions
+from agatool.runs import is_model
 from agatool.tokenization import Tokenizer, cached_tokenizer, load_tokenizer_file, placeholder_tokenizer
 
 BERT_VOCABULARY = "bert-base-uncased"  # of every published ALBEF and RaSa checkpoint
@@ -46,7 +47,19 @@ class Converted:
     model: PersonSearchModel  # in eval mode, its tokenizer with it
     teacher: dict[str, Tensor] | None  # the momentum copy under our names, where asked for
     left_out: dict[str, tuple[str, ...]]  # why -> the checkpoint's names
-    notes: tuple[str, ...]  # what was assumed or changed, in sentences
+    assumed: tuple[str, ...]  # what was assumed or changed, in sentences
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know: `assumed`, and whether the model can read text."""
+        if not self.model.tokenizer.is_placeholder:
+            return self.assumed
+        bert = self.model.config.vocab_size == BERT_VOCABULARY_SIZE
+        return (
+            *self.assumed,
+            "The checkpoint brings no vocabulary and none was given: the model takes token ids but cannot read text. "
+            f"Convert it again with --tokenizer {BERT_VOCABULARY if bert else 'FILE'}.",
+        )
 
 
 def convert(
@@ -61,8 +74,11 @@ def convert(
 
     Raises CheckpointError for a file that is damaged or does not fit, UsageError where `out` is in use, DiskError.
     """
-    if not overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} is not empty", "Choose another folder, or add --overwrite.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not is_model(out):
+            raise UsageError(f"{out} is in use and no model folder; it is left alone", "Choose another folder.")
+        if not overwrite:
+            raise UsageError(f"{out} is not empty", "Choose another folder, or add --overwrite.")
     converted = open_reference(source, config, with_teacher, tokenizer)
     with atomic_folder(out) as temporary:
         write_model(temporary, converted.model, _card(source, converted))
@@ -100,16 +116,16 @@ def open_reference(
     parts.check(tensors, with_teacher)
     for prefix in ("text_encoder.", "text_encoder_m."):
         check_tied(tensors, prefix, source)
-    vocabulary, told_of_it = _tokenizer(tokenizer, sizes)
+    words = _tokenizer(tokenizer, sizes)
     model = new_model(sizes.model_copy(update={"untrained": parts.new})).eval()
     model.load_state_dict({**model.state_dict(), **parts.student})
-    model.tokenizer = vocabulary
+    model.tokenizer = words
     teacher = None
     if with_teacher:
         teacher = {**copy.deepcopy(model.state_dict()), **parts.momentum}
         del parts.left_out[MOMENTUM_LEFT_OUT]
     left_out = {why: tuple(names) for why, names in parts.left_out.items()}
-    return Converted(model, teacher, left_out, (*notes, *told_of_it))
+    return Converted(model, teacher, left_out, tuple(notes))
 
 
 def report(converted: Converted) -> None:
@@ -375,8 +391,8 @@ def _fits(tensor: Tensor, shape: tuple[int | None, ...]) -> bool:
 # --- tokenizer and card -------------------------------------------------------------------------------------
 
 
-def _tokenizer(given: str | None, config: ModelConfig) -> tuple[Tokenizer, list[str]]:
-    """The vocabulary for converted weights, and a note where there is none."""
+def _tokenizer(given: str | None, config: ModelConfig) -> Tokenizer:
+    """The vocabulary for converted weights: the one given, BERT's where it is at hand and fits, or a placeholder."""
     if given is not None:
         tokenizer = Tokenizer(load_tokenizer_file(given), config.text)
         if tokenizer.vocab_size != config.vocab_size:
@@ -384,19 +400,11 @@ def _tokenizer(given: str | None, config: ModelConfig) -> tuple[Tokenizer, list[
                 f"{given} has {tokenizer.vocab_size} entries, the checkpoint {config.vocab_size}",
                 "Give the tokenizer that the checkpoint was trained with.",
             )
-        return tokenizer, []
-    cached = cached_tokenizer(BERT_VOCABULARY) if config.vocab_size == BERT_VOCABULARY_SIZE else None
-    if cached is not None:
-        return Tokenizer(cached, config.text), [f"The tokenizer is {BERT_VOCABULARY}'s, from the local hub cache."]
-    if config.vocab_size < 5:
-        raise CheckpointError(f"A vocabulary of {config.vocab_size} has no room for the special tokens", "")
-    hint = f"--tokenizer {BERT_VOCABULARY}" if config.vocab_size == BERT_VOCABULARY_SIZE else "--tokenizer FILE"
-    note = (
-        "The checkpoint brings no vocabulary and none was given: the model takes token ids but cannot read text. "
-        f"Convert it again with {hint}."
-    )
+        return tokenizer
     bert = config.vocab_size == BERT_VOCABULARY_SIZE
-    return Tokenizer(placeholder_tokenizer(config.vocab_size, bert_ids=bert), config.text), [note]
+    if bert and (cached := cached_tokenizer(BERT_VOCABULARY)) is not None:
+        return Tokenizer(cached, config.text)
+    return Tokenizer(placeholder_tokenizer(config.vocab_size, bert_ids=bert), config.text)
 
 
 def _card(source: Path, converted: Converted) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import tempfile
 import time
 from pathlib import Path
 
@@ -16,9 +15,9 @@ from agatool.train import Trainer, memory_errors, open_run
 
 
 def estimate(config: RunConfig, prepared: Prepared) -> list[list[str]]:
-    """Run two full-objective steps in a temporary folder -> rows (what, figure). Raises what training would."""
-    with tempfile.TemporaryDirectory() as folder, memory_errors("Lower --batch-size or choose a smaller --preset."):
-        trainer = open_run(config, prepared, Path(folder), resume=False)
+    """Run two full-objective steps, write nothing -> rows (what, figure). Raises what training would."""
+    with memory_errors("Lower --batch-size or choose a smaller --preset."):
+        trainer = open_run(config, prepared, Path(), resume=False)
         trainer.step = trainer.total_steps - 1  # past every warm-up: all terms are on
         first, flops = _timed_step(trainer, count=True)
         trainer.step -= 1

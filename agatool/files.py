@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -14,6 +15,8 @@ from typing import Any
 from agatool.errors import DataError, DiskError
 
 MAX_JSON_BYTES = 2 * 1024**3
+MARK = "agatool-"  # a folder being written is called .NAME.agatool-XXXXXXXX, what it replaces .NAME.agatool-old
+MANY_FILES = 100  # from so many on, one sync of the disk costs less than one of each file
 
 
 def _umask() -> int:
@@ -37,6 +40,42 @@ def _disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise DiskError(f"Cannot write {path}: {reason}", "Free some space or choose another --out.") from error
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether we have the lock of an open file now; it ends with the process, however that ends."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another one has it, or this file system has no locks
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _temporary_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path`, locked while in use and gone at the end."""
+    _sweep(path.parent)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.{MARK}", dir=path.parent))
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor)
+        folder.chmod(0o777 & ~_umask())
+        yield folder
+    finally:
+        os.close(descriptor)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(parent: Path) -> None:
+    """Remove the folders that killed writers left in `parent`; living ones hold a lock on theirs."""
+    for folder in parent.glob(f".*.{MARK}????????/"):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                if _lock(descriptor):
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -66,33 +105,46 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it takes `path`'s place whole, on failure it is removed.
 
     An older folder at `path` is moved aside first and removed last, so that a kill at any moment leaves the old
-    or the new one complete (the old one possibly as `.NAME.old`, which `recover_folder` puts back).
+    or the new one complete (the old one possibly under another name, from which `recover_folder` brings it back).
+    Raises DiskError where the disk is full or not writable.
     """
     path = Path(path)
-    old = path.with_name(f".{path.name}.old")
     with _disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         recover_folder(path)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        temporary.chmod(0o777 & ~_umask())
-        try:
+        with _temporary_folder(path) as temporary:
             yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():  # some writers, safetensors among them, make files that only the owner can read
-                    file.chmod(0o666 & ~_umask())
-                _sync(file)
-            if path.exists():
-                path.rename(old)
-            temporary.rename(path)
-            _sync(path.parent)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _publish(temporary)
+            try:
+                if path.exists():
+                    path.rename(_old(path))
+                temporary.rename(path)
+                _sync(path.parent)
+            finally:
+                recover_folder(path)
+
+
+def _publish(folder: Path) -> None:
+    """Give all files the user's permissions and force them to disk."""
+    mode = 0o666 & ~_umask()
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    for file in files:  # some writers, safetensors among them, make files that only the owner can read
+        file.chmod(mode)
+    if len(files) > MANY_FILES:
+        os.sync()
+        return
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
+
+
+def _old(path: Path) -> Path:
+    full = Path(os.path.abspath(path))  # "." has no name
+    return full.parent / f".{full.name}.{MARK}old"
 
 
 def recover_folder(path: Path) -> None:
     """Finish what a kill inside `atomic_folder` left: the old folder comes back if the new one never arrived."""
-    old = path.with_name(f".{path.name}.old")
+    old = _old(path)
     if old.exists() and not path.exists():
         old.rename(path)
     elif old.exists():
@@ -132,6 +184,10 @@ def contained(root: Path, relative: str) -> Path:
     if candidate.is_absolute() or ".." in candidate.parts or candidate.drive:
         raise DataError(f"Path {relative!r} leaves the image folder", "Paths must be relative, without '..'.")
     full = root / candidate
-    if not full.resolve().is_relative_to(root.resolve()):
+    try:
+        inside = full.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, or characters that no file name has
+        raise DataError(f"Path {relative!r} cannot be followed: {error}", "Correct the record.") from error
+    if not inside:
         raise DataError(f"Path {relative!r} leaves the image folder through a link", "Copy the file inside.")
     return full

@@ -169,7 +169,9 @@ def _tokens(caption: str) -> list[tuple[int, int]]:
 
 def _split(caption: str, start: int, end: int, shades: Sequence[tuple[int, int, float]]) -> list[tuple[str, float]]:
     """caption[start:end] cut at the borders of words, each piece with its shade."""
-    inside = [(max(start, first), min(end, last), shade) for first, last, shade in shades if first < end and last > start]
+    inside = [
+        (max(start, first), min(end, last), shade) for first, last, shade in shades if first < end and last > start
+    ]
     pieces, at = [], start
     for first, last, shade in inside:
         if first > at:

@@ -30,7 +30,7 @@ from agatool.foreign import (
 )
 from agatool.model import PersonSearchModel, resample_positions
 from agatool.runs import SHIPPED, find_model
-from agatool.tokenization import load_tokenizer
+from agatool.tokenization import Tokenizer, load_tokenizer
 
 BERT_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 IMAGE = "image_encoder.vit."
@@ -60,6 +60,10 @@ def start_model(config: RunConfig, tokenizer: Path | None) -> Start:
     init = config.train.init
     if init == "scratch":
         return _from_parts(config, tokenizer)
+    if config.train.text_model is not None or config.train.image_weights is not None:
+        raise UsageError(
+            f"--text-model and --image-weights start a new model, --init {init} an existing one", "Add --init scratch."
+        )
     path = SHIPPED if init == "shipped" else Path(init)
     if not path.exists():
         raise CheckpointError(
@@ -78,21 +82,21 @@ def _from_reference(path: Path, tokenizer: Path | None) -> PersonSearchModel:
     """An ALBEF or RaSa checkpoint; the prepared data's tokenizer serves where it is the checkpoint's."""
     converted = open_reference(path)
     model = converted.model
+    prepared = load_tokenizer(tokenizer, model.config.text) if tokenizer else None
     if model.tokenizer.is_placeholder:
-        prepared = load_tokenizer(tokenizer, model.config.text) if tokenizer else None
-        same = prepared is not None and (prepared.vocab_size, prepared.special_ids) == (
-            model.tokenizer.vocab_size,
-            model.tokenizer.special_ids,
-        )
-        if not same:
+        if prepared is None or _layout(prepared) != _layout(model.tokenizer):
             raise CheckpointError(
                 f"{path} brings no vocabulary, so captions cannot be read",
                 f"Give it one: aga convert {path} OUT --tokenizer bert-base-uncased (or a vocab.txt), then --init OUT.",
             )
         model.tokenizer = prepared
-    else:
-        report(converted)
+    report(converted)
     return model
+
+
+def _layout(tokenizer: Tokenizer) -> tuple[int, tuple[int, ...]]:
+    """What two vocabularies must share for one to be the other's."""
+    return tokenizer.vocab_size, tokenizer.special_ids
 
 
 def _fitted(model: PersonSearchModel, teacher: dict[str, Tensor] | None, config: RunConfig) -> Start:

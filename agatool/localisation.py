@@ -6,26 +6,23 @@ pixels.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
 from agatool.data.prepare import Prepared
+from agatool.data.word_classes import NamedWord, read_truth
 from agatool.errors import DataError
 from agatool.files import contained, read_json
 
 CLASSES = ("garment", "colour", "accessory")
 JUDGED = ("garment", "colour")  # the classes that the defaults of `aga visualize-attention` are chosen by
-_GARMENTS = ("top", "inner", "bottom", "shoes")
-_ACCESSORIES = ("bag", "hat", "glasses", "umbrella", "phone", "scarf")
-_TRUTH_COLUMNS = ("img_path", "caption_index", "start", "end", "text", "part", "attribute", "wrong")
+_KINDS = {"clothing": "garment", "pattern": "garment", "colour": "colour", "belonging": "accessory"}
 _BORDER = 2  # cells of the mirrored border; a bicubic kernel reaches so far
 _BLOB_WIDTH = 0.25  # standard deviation of the centre blob, as a share of the image's height and width
 _TIE = 1e-6  # pixels this close to the peak, relative to it, share it
@@ -87,63 +84,56 @@ def coverage(mask_WYX: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 # -- truth of the sample data set ---------------------------------------------------------------------------------
 
 
-class Named(NamedTuple):
-    """A word (or two, "shoulder bag") that tells of one part of the person, by what the renderer knows."""
-
-    start: int
-    end: int  # character offsets in the caption
-    kind: str  # one of CLASSES
-    part: int  # its number in the masks
-
-
-def word_class(part: str, attribute: str) -> str:
-    """One of CLASSES, or "" for words about hair, face or the whole figure."""
-    if attribute.endswith("_color"):
-        return "colour"
-    return "garment" if part in _GARMENTS else "accessory" if part in _ACCESSORIES else ""
-
-
 @dataclass(frozen=True)
 class Truth:
-    """What the renderer of the sample data set knows of its images."""
+    """What the renderer of the sample data set knows of its captions and images."""
 
     folder: Path
-    named: dict[int, list[Named]]  # caption_id -> its words; wrong words (10 % of them) are left out
+    words: dict[int, list[NamedWord]]  # caption_id -> its words of CLASSES, the wrong ones left out
+    numbers: dict[str, int]  # part -> its number in the masks
 
-    def mask(self, path: str) -> np.ndarray:
-        """[Y, X] part numbers of the image with this path. Raises DataError."""
+    def masks(self, path: str, words: Sequence[NamedWord]) -> np.ndarray:
+        """[W, Y, X] bool: where the image with this path shows the part of each word. Raises DataError."""
         file = contained(self.folder / "parts", str(Path(path).with_suffix(".png")))
         try:
             with Image.open(file, formats=("PNG",)) as image:
-                return np.asarray(image)
+                parts_YX = np.asarray(image)
         except Exception as error:  # a decoder fed a broken file raises nearly anything
-            raise DataError(f"Cannot read the part mask {file}: {error}", "aga prepare --dataset sample") from error
+            raise DataError(f"Cannot read the part mask {file}: {error}", "Prepare the sample again.") from error
+        if parts_YX.ndim != 2:
+            raise DataError(f"{file} is not a part mask: its shape is {parts_YX.shape}", "Prepare the sample again.")
+        numbers = np.array([self.numbers[word.part] for word in words])
+        return parts_YX == numbers[:, None, None]
 
 
-def read_truth(prepared: Prepared) -> Truth:
+def word_kind(word: NamedWord) -> str | None:
+    """One of CLASSES, None for words about hair or the person as a whole."""
+    return _KINDS.get(word.word_class)
+
+
+def read_masks(prepared: Prepared) -> Truth:
     """The truth beside the images of a prepared sample data set. DataError where there is none or it does not fit."""
-    folder = prepared.image_root.parent / "truth"
-    if not (folder / "captions.csv").is_file():
+    named, folder = read_truth(prepared), prepared.image_root.parent / "truth"
+    if named is None or not (folder / "parts.json").is_file():
         raise DataError(
             f"{prepared.name} has no part masks to measure against; the sample data set has",
             "aga visualize-attention --measure --dataset sample",
         )
     try:
-        table = pd.read_csv(folder / "captions.csv", na_filter=False)[list(_TRUTH_COLUMNS)]
         numbers = {name: int(number) for number, name in read_json(folder / "parts.json").items()}
-    except (KeyError, ValueError, AttributeError) as error:
-        raise DataError(f"{folder} is not the sample data set's truth: {error}", "Prepare the sample again.") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{folder / 'parts.json'} is broken: {error}", "Prepare the sample again.") from error
     paths = prepared.images.set_index("image_id")["path"]
-    captions = prepared.captions.assign(
-        img_path=prepared.captions["image_id"].map(paths),
-        caption_index=prepared.captions.groupby("image_id").cumcount(),
-    )
-    named: dict[int, list[Named]] = {}
-    for row in table.merge(captions, on=["img_path", "caption_index"]).itertuples(index=False):
-        kind = word_class(row.part, row.attribute)
-        if kind and not row.wrong and row.part in numbers and row.caption[row.start : row.end] == row.text:
-            named.setdefault(row.caption_id, []).append(Named(row.start, row.end, kind, numbers[row.part]))
-    return Truth(folder, named)
+    captions = prepared.captions.assign(number=prepared.captions.groupby("image_id").cumcount())
+    words = {
+        row.caption_id: [
+            word
+            for word in named.of(paths[row.image_id], row.number, row.caption) or ()
+            if word_kind(word) and not word.wrong and word.part in numbers
+        ]
+        for row in captions.itertuples()
+    }
+    return Truth(folder, {caption: found for caption, found in words.items() if found}, numbers)
 
 
 # -- the table ----------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ class Markup(str):
     __slots__ = ()
 
 
-def tag(name: str, *children: object, **attributes: object) -> Markup:
+def tag(name: str, /, *children: object, **attributes: object) -> Markup:
     """`<name ...>children</name>`: children and values are escaped; an attribute that is None is left out.
 
     A trailing underscore of an attribute is dropped and others become hyphens: class_, aria_label.
@@ -56,7 +56,8 @@ def table(header: Sequence[object], rows: Sequence[Sequence[object]], label: str
 def section(title: str, *children: object) -> Markup:
     """A part of the page under a heading that the contents can link to."""
     anchor = anchor_of(title)
-    return tag("section", tag("h2", title, id=f"{anchor}-title"), *children, id=anchor, aria_labelledby=f"{anchor}-title")
+    heading = tag("h2", title, id=f"{anchor}-title")
+    return tag("section", heading, *children, id=anchor, aria_labelledby=f"{anchor}-title")
 
 
 def anchor_of(title: str) -> str:
@@ -96,11 +97,13 @@ STYLE = """
 :root { color-scheme: light dark;
   --page: #f5f6f8; --card: #ffffff; --text: #1b1f24; --muted: #57606a; --line: #d5dae0; --soft: #eceff3;
   --link: #0b5cad; --hit: #1a7f37; --miss: #b3261e;
-  --c0: #0b62c4; --c1: #b8480b; --c2: #1a7f37; --c3: #8250df; --c4: #b0126b; --c5: #0e7490; --c6: #7a5c00; --c7: #57606a; }
+  --c0: #0b62c4; --c1: #b8480b; --c2: #1a7f37; --c3: #8250df; --c4: #b0126b; --c5: #0e7490;
+  --c6: #7a5c00; --c7: #57606a; }
 @media (prefers-color-scheme: dark) { :root {
   --page: #0e1116; --card: #171b22; --text: #e6edf3; --muted: #9fabb7; --line: #303742; --soft: #222933;
   --link: #79b8ff; --hit: #4cc764; --miss: #ff8a80;
-  --c0: #6cb2ff; --c1: #ff9d5c; --c2: #56d364; --c3: #c4a1ff; --c4: #ff8ac4; --c5: #4dd4e6; --c6: #e3c04d; --c7: #aab4be; } }
+  --c0: #6cb2ff; --c1: #ff9d5c; --c2: #56d364; --c3: #c4a1ff; --c4: #ff8ac4; --c5: #4dd4e6;
+  --c6: #e3c04d; --c7: #aab4be; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; scroll-behavior: smooth; }
 body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
@@ -115,47 +118,53 @@ a:focus-visible, summary:focus-visible, .scroll:focus-visible { outline: 2px sol
 code { font: 0.9em ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 .muted { color: var(--muted); }
 .note { border-left: 4px solid var(--c1); background: var(--card); padding: 10px 14px; border-radius: 0 8px 8px 0; }
-nav { display: flex; flex-wrap: wrap; gap: 6px 18px; margin: 18px 0 0; font-size: 0.94rem; }
+nav, .links { display: flex; flex-wrap: wrap; gap: 6px 18px; margin: 18px 0 0; font-size: 0.94rem; }
+.links { margin: 0 0 8px; }
 
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 215px), 1fr)); gap: 14px; margin: 22px 0 14px; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 16px 18px; }
+.card, .scroll, .sheet, .chart, details { background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
+.card, .bars, table, .tile { font-variant-numeric: tabular-nums; }
+
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px;
+  margin: 22px 0 14px; }
+.card { padding: 14px 16px; }
 .card .name { color: var(--muted); font-size: 0.92rem; }
-.card .big { font-size: 2.5rem; line-height: 1.2; font-weight: 680; letter-spacing: -0.03em; font-variant-numeric: tabular-nums; }
+.card .big { font-size: 2.5rem; line-height: 1.2; font-weight: 680; letter-spacing: -0.03em; }
 .card .big small { font-size: 1.1rem; font-weight: 500; color: var(--muted); letter-spacing: 0; }
-.card .range { font-size: 0.92rem; color: var(--muted); font-variant-numeric: tabular-nums; }
+.card .range { font-size: 0.92rem; color: var(--muted); }
 
-.scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 12px; margin: 0 0 14px; }
-table { border-collapse: collapse; width: 100%; font-size: 0.92rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+.scroll { overflow-x: auto; margin: 0 0 14px; }
+table { border-collapse: collapse; width: 100%; font-size: 0.92rem; overflow-wrap: normal; }
 th, td { padding: 8px 14px; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); }
-th:first-child { text-align: left; }
-thead th { border-top: 0; font-weight: 600; background: var(--soft); }
+th:first-child { position: sticky; left: 0; text-align: left; background: var(--card); white-space: normal; min-width: 7.5em; }
+thead th, thead th:first-child { border-top: 0; font-weight: 600; background: var(--soft); }
 tbody th { font-weight: 500; }
-.plain td { text-align: left; white-space: normal; min-width: 9em; }
+.plain td, .plain th { text-align: left; white-space: normal; }
+.plain .scroll { border: 0; margin-bottom: 0; }
 .better { color: var(--hit); font-weight: 600; }
 .worse { color: var(--miss); font-weight: 600; }
 
 .bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: 6px 12px; align-items: center;
-  font-size: 0.92rem; margin: 0 0 20px; font-variant-numeric: tabular-nums; }
+  font-size: 0.92rem; margin: 0 0 20px; }
 .bars .bar { background: var(--soft); border-radius: 4px; height: 14px; overflow: hidden; }
 .bars .bar i { display: block; height: 100%; background: var(--miss); }
 .bars .bar.first i { background: var(--hit); }
 
-.sheet { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 14px 16px; margin: 0 0 14px; }
-.sheet h4 { margin: 0 0 4px; font-size: 1rem; font-weight: 550; line-height: 1.45; }
+.sheet { padding: 14px 16px; margin: 0 0 14px; }
+.sheet h3 { margin: 0 0 4px; font-size: 1rem; font-weight: 550; line-height: 1.45; }
 .sheet .facts { margin: 0 0 10px; font-size: 0.9rem; color: var(--muted); }
 .tiles { list-style: none; margin: 0; padding: 0; display: grid; gap: 10px 8px;
   grid-template-columns: repeat(auto-fill, minmax(72px, 1fr)); }
-.tile { font-size: 0.78rem; line-height: 1.3; color: var(--muted); font-variant-numeric: tabular-nums; min-width: 0; }
-.tile .frame { display: flex; align-items: center; justify-content: center; aspect-ratio: 1 / 2; background: var(--soft);
-  border: 3px solid transparent; border-radius: 8px; overflow: hidden; text-align: center; }
+.tile { font-size: 0.78rem; line-height: 1.3; color: var(--muted); min-width: 0; }
+.tile .frame { display: flex; align-items: center; justify-content: center; aspect-ratio: 1 / 2;
+  background: var(--soft); border: 3px solid transparent; border-radius: 8px; overflow: hidden; text-align: center; }
 .tile img { display: block; width: 100%; height: 100%; object-fit: contain; }
 .tile b { color: var(--text); font-weight: 600; }
 .tile.hit .frame { border-color: var(--hit); }
 .tile.hit b { color: var(--hit); }
 .tile.wanted .frame { border: 3px dashed var(--muted); }
 
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 14px; }
-.chart { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 14px 16px; margin: 0; min-width: 0; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 14px; }
+.chart { padding: 14px 16px; margin: 0; min-width: 0; }
 .chart svg { display: block; width: 100%; height: auto; overflow: visible; }
 .chart text { fill: var(--muted); font-size: 12px; }
 .chart .grid { stroke: var(--line); stroke-width: 1; }
@@ -163,8 +172,9 @@ tbody th { font-weight: 500; }
 .chart .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 .chart .raw { fill: none; stroke-width: 1; opacity: 0.28; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; margin-top: 8px; font-size: 0.88rem; }
-.legend i { display: inline-block; width: 14px; height: 4px; border-radius: 2px; margin-right: 6px; vertical-align: middle; }
-details { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 10px 16px; margin: 0 0 14px; }
+.legend i { display: inline-block; width: 14px; height: 4px; border-radius: 2px; margin-right: 6px;
+  vertical-align: middle; }
+details { padding: 10px 16px; margin: 0 0 14px; }
 details .scroll { margin-top: 10px; }
 summary { cursor: pointer; font-weight: 600; }
 .k0 { --k: var(--c0); } .k1 { --k: var(--c1); } .k2 { --k: var(--c2); } .k3 { --k: var(--c3); }

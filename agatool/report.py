@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import pandas as pd
 
+from agatool import __version__
 from agatool.files import atomic_file
 
 matplotlib.use("Agg")
@@ -21,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 
 METRIC_COLUMNS = ("direction", "stage", "metric", "value", "low", "high")
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
-PACKAGES = ("agatool", "torch", "timm", "transformers", "numpy")
+PACKAGES = ("torch", "timm", "transformers", "numpy")
 EVALUATION_FORMAT = 1
 _SAME_DATA = ("images.csv", "captions.csv")  # tables whose hashes say that two evaluations saw the same data
 
@@ -55,11 +56,11 @@ def with_interval(row: Any) -> str:
 
 def environment() -> dict[str, str]:
     """Versions and kind of system, enough to reproduce a figure; nothing that names the machine."""
-    found = {"python": platform.python_version()}
+    found = {"agatool": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = version(package)
-        except PackageNotFoundError:  # agatool itself, run from a checkout
+        except PackageNotFoundError:
             found[package] = "not installed"
     found["platform"] = " ".join(part for part in (platform.system(), platform.machine(), *platform.libc_ver()) if part)
     return found
@@ -79,6 +80,7 @@ def evaluation_record(
         "split": split,
         "data": Path(os.path.relpath(data.resolve(), out.resolve())).as_posix(),
         "files": {name: info["files"][name] for name in _SAME_DATA},
+        "counts": info["counts"][split],
         "model": model,
         "device": device,
         "environment": environment(),
@@ -109,7 +111,7 @@ class Panel(NamedTuple):
 _LOG_PANELS = {
     "Training loss": {"loss": "total", "itc": "ITC", "itm": "ITM", "mlm": "MLM"},
     "Training accuracy": {"itm_accuracy": "ITM", "mlm_accuracy": "MLM"},
-    "Words: masked, and changed by enrichment (shares)": {"masked_ratio": "masked", "tem_replaced": "changed"},
+    "Words masked and enriched, share": {"masked_ratio": "masked", "tem_replaced": "enriched"},
     "Gradient norm": {"gradient_norm": "before clipping"},
     "Learning rate": {"lr": "largest group"},
 }
@@ -159,7 +161,8 @@ def curves_png(path: Path, log: pd.DataFrame, validation: pd.DataFrame) -> None:
         return
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.5 * rows), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.6 * rows), layout="constrained", squeeze=False)
+    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.12)
     for axis, panel in zip(axes.flat, panels, strict=False):
         _draw(axis, panel)
     for axis in axes.flat[len(panels) :]:
@@ -187,7 +190,8 @@ def _draw(axis: Any, panel: Panel) -> None:
 
 
 def save_figure(path: Path, figure: Any, dpi: int = 110) -> None:
-    """Write a figure atomically, without the metadata that would make the bytes differ from run to run."""
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=dpi, metadata={"Software": None} if path.suffix == ".png" else None)
+    """Write a figure (PNG, PDF, SVG) atomically, without what would make the bytes differ from run to run."""
+    dated = {".png": "Software", ".pdf": "CreationDate", ".svg": "Date"}
+    with atomic_file(path) as temporary, matplotlib.rc_context({"svg.hashsalt": "agatool"}):
+        figure.savefig(temporary, dpi=dpi, metadata={dated[path.suffix]: None})
     plt.close(figure)

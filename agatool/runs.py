@@ -33,24 +33,41 @@ def fresh_run(dataset: str) -> Path:
 
 
 def claim(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that holds something, unless it is to be resumed or overwritten. Raises UsageError."""
+    """Refuse a folder that holds something, unless it is to be resumed or overwritten. Raises UsageError.
+
+    Nothing is removed yet: `clear` does that when the new run is sure to start.
+    """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file", "Choose another --out.")
     occupied = folder.is_dir() and any(folder.iterdir())
     if resume and not (folder / "config.toml").is_file():
         raise UsageError(f"There is no run to resume in {folder}", "Leave out --resume, or give its --out.")
-    if occupied and overwrite:
-        if not (folder / "config.toml").is_file():
-            raise UsageError(f"{folder} is not a run folder; it is left alone", "Choose another --out.")
-        shutil.rmtree(folder)
-    elif occupied and not resume:
+    if occupied and overwrite and not (folder / "config.toml").is_file():
+        raise UsageError(f"{folder} is not a run folder; it is left alone", "Choose another --out.")
+    if occupied and not (resume or overwrite):
         raise UsageError(f"{folder} is not empty", "Add --resume to continue it, --overwrite, or another --out.")
+
+
+def clear(folder: Path) -> None:
+    """Empty a run folder; config.toml goes last, so that after a kill on the way --overwrite still takes it."""
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == "config.toml"):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def newest_run(name: str = "") -> Path | None:
     """The run below ./runs whose configuration was written last; with `name`, only runs of that data set."""
-    found = [file for file in RUNS.glob("*/config.toml") if file.parent.name.partition("-")[0].startswith(name)]
+    found = [file for file in RUNS.glob("*/config.toml") if not name or _dataset_of(file) == name]
     return max(found, key=lambda file: file.stat().st_mtime).parent if found else None
+
+
+def _dataset_of(config: Path) -> str | None:
+    try:
+        return build_config(read_toml(config)).data.dataset
+    except UsageError:  # of another version, or damaged
+        return None
 
 
 def find_model(given: Path | None) -> Path:

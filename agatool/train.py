@@ -30,7 +30,8 @@ from agatool.checkpoint import (
     save_model,
     unpack_optimizer,
 )
-from agatool.config import EvalConfig, RunConfig, to_toml
+from agatool.config import EvalConfig, RunConfig, read_toml, to_toml
+from agatool.convert import new_model
 from agatool.data.prepare import Prepared
 from agatool.data.sampling import TrainingData, stream_seed
 from agatool.errors import (
@@ -43,11 +44,14 @@ from agatool.errors import (
     StoppedError,
     UsageError,
 )
-from agatool.files import write_text
+from agatool.files import read_json, write_json, write_text
+from agatool.html_report import write_report
 from agatool.interop import Start, start_model
 from agatool.objective import Objective, Phase, StepLosses
-from agatool.report import curves_png, metric_table, write_csv
+from agatool.report import curves_png, evaluation_record, metric_table, write_csv
 from agatool.retrieval import Direction, Evaluation, evaluate
+from agatool.runs import clear
+from agatool.tokenization import load_tokenizer
 
 LOG_COLUMNS = (
     "step", "epoch", "lr", "alpha", "loss", "itc", "itm", "mlm", "itm_accuracy", "mlm_accuracy", "masked_ratio",
@@ -142,6 +146,8 @@ class RunLog:
 
     def flush(self) -> None:
         """Append the remembered rows and force them to disk. Raises DiskError."""
+        if not self.rows:
+            return
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 for row in self.rows:
@@ -174,7 +180,7 @@ class Trainer:
         self.bf16 = use_bf16(self.device, train.precision)
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
-        model = start.model
+        model, self.new = start.model, start.new
         self.tokenizer = model.tokenizer
         self.data = TrainingData(prepared, self.tokenizer, model.config, config.data, train.batch_size, train.seed)
         self.objective = Objective(model, self.tokenizer, config.objective, config.masking, config.tem)
@@ -250,6 +256,7 @@ class Trainer:
         return figures
 
     def _stop_non_finite(self, what: str) -> None:
+        self.log.flush()  # shows how it came to this
         raise NonFiniteError(
             f"The {what} is not finite at step {self.step + 1}; stopped before the optimiser step",
             "Lower train.lr or train.head_lr, or use --precision fp32; --resume starts from the last checkpoint.",
@@ -257,6 +264,8 @@ class Trainer:
 
     def fit(self, stop: StopFlag) -> None:
         """Train to the last step, validating and saving on the way; StoppedError after a save when asked to stop."""
+        self.log.start(self.step)
+        self.validation.start(self.step)
         accumulate = self.config.train.accumulate
         micro_steps = range(self.step * accumulate, self.total_steps * accumulate)
         self.start_batches(micro_steps)
@@ -276,14 +285,15 @@ class Trainer:
         ends = self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
         if ends or stop.code is not None or (every and self.step % every == 0):
             self.save()
-        if stop.code is not None:
+        if stop.code is None:
+            self._validate_if_due()
+        if stop.code is not None:  # perhaps since validation began
             self.save_model("last")
             raise StoppedError(
                 f"Stopped after step {self.step} of {self.total_steps}; everything is saved",
                 f"Continue with: aga train --resume --out {self.folder}",
                 stop.code,
             )
-        self._validate_if_due()
 
     def _validate_if_due(self) -> None:
         """Validate at an epoch's end (or at the last step), once: a resumed run makes up for what a kill cut off."""
@@ -320,25 +330,21 @@ class Trainer:
         trainer = {name: value for name, value in state.items() if not name.startswith("student.")}
         trainer.update(pack_optimizer(self.optimizer))
         keep = self.config.train.keep
-        save_checkpoint(self.folder / "checkpoints", self.step, student, trainer, {"format": 1}, keep)
+        save_checkpoint(self.folder / "checkpoints", self.step, student, trainer, {"new": sorted(self.new)}, keep)
 
     def save_model(self, name: str) -> None:
         """Write the student as the model folder `name` of the run."""
         save_model(self.folder / name, self.model, model_card(self))
 
-    def resume(self) -> None:
-        """Continue from the newest checkpoint, or from the start where there is none yet."""
-        found = checkpoints(self.folder / "checkpoints")
-        if found:
-            tensors = read_tensors(found[-1] / "trainer.safetensors")
-            student = read_tensors(found[-1] / "model.safetensors")
-            state = {name: value for name, value in tensors.items() if not name.startswith("optimizer.")}
-            state.update({f"student.{name}": value for name, value in student.items()})
-            load_state(self.objective, state, found[-1])
-            unpack_optimizer(self.optimizer, tensors)
-            self.step = int(found[-1].name.removeprefix("step-"))
-        self.log.start(self.step)
-        self.validation.start(self.step)
+    def resume(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint. Raises CheckpointError where it is damaged or of another model."""
+        tensors = read_tensors(checkpoint / "trainer.safetensors")
+        student = read_tensors(checkpoint / "model.safetensors")
+        state = {name: value for name, value in tensors.items() if not name.startswith("optimizer.")}
+        state.update({f"student.{name}": value for name, value in student.items()})
+        load_state(self.objective, state, checkpoint)
+        unpack_optimizer(self.optimizer, tensors)
+        self.step = int(checkpoint.name.removeprefix("step-"))
 
 
 def model_card(trainer: Trainer) -> str:
@@ -360,28 +366,38 @@ data: use the model only where you may lawfully do so.
 
 
 def open_run(config: RunConfig, prepared: Prepared, folder: Path, resume: bool) -> Trainer:
-    """A trainer at its first step, or where the run in `folder` stopped."""
-    start = start_model(config, prepared.tokenizer)
+    """A trainer at its first step, or where the run in `folder` stopped; writes nothing yet."""
+    found = checkpoints(folder / "checkpoints") if resume else []
+    start = _resumed_start(config, found[-1]) if found else start_model(config, prepared.tokenizer)
     if "val" not in set(prepared.images["split"]):
         raise DataError(f"{prepared.folder} has no val split", "Prepare it again; a val split is held out of train.")
     trainer = Trainer(config, prepared, start, folder)
-    if resume:
-        trainer.resume()
-    else:
-        trainer.log.start(0)
-        trainer.validation.start(0)
+    if found:
+        trainer.resume(found[-1])
     return trainer
+
+
+def _resumed_start(config: RunConfig, checkpoint: Path) -> Start:
+    """The run's model without the weights it once started from, which may be gone; `Trainer.resume` fills it."""
+    model = new_model(config.model)
+    model.tokenizer = load_tokenizer(checkpoint.parent.parent / "tokenizer.json", config.model.text)
+    return Start(model, set(read_json(checkpoint / "state.json")["new"]), None)
 
 
 def run(config: RunConfig, prepared: Prepared, folder: Path, resume: bool = False) -> Evaluation:
     """Train in `folder` (already claimed), then evaluate its best model on the test split.
 
+    A run that is there already is continued with `resume`, else replaced.
     Raises StoppedError after saving when asked to stop, NonFiniteError, DiskError, OutOfMemoryError, DataError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with memory_errors("Lower --batch-size, or raise train.accumulate to make up for it."):
         trainer = open_run(config, prepared, folder, resume)
-        write_text(folder / "config.toml", to_toml(config))
+        config = config.model_copy(update={"model": trainer.model.config})  # the weights decide the sizes
+        if not resume and (folder / "config.toml").is_file():
+            clear(folder)  # as late as this: whatever is wrong has been said by now
+        write_text(folder / "config.toml", to_toml(config))  # first: with it the folder can be resumed
+        trainer.tokenizer.save(folder / "tokenizer.json")
         size = sum(p.numel() for p in trainer.model.parameters())
         console.info(
             f"Training {size:,} parameters on {len(trainer.data):,} pairs of {prepared.name}, on {trainer.device}: "
@@ -393,7 +409,8 @@ def run(config: RunConfig, prepared: Prepared, folder: Path, resume: bool = Fals
         best = load(folder / "best").to(trainer.device)
         split = "test" if "test" in set(prepared.images["split"]) else "val"
         outcome = evaluate(best, best.tokenizer, prepared, split, config.eval, bf16=trainer.bf16)
-    write_evaluation(folder, outcome)
+    used = config.model_dump(mode="json", exclude_none=True)
+    write_evaluation(folder, outcome, prepared, split, "best", _machine(trainer.device, trainer.bf16), used)
     return outcome
 
 
@@ -407,16 +424,30 @@ def evaluate_model(
     precision: str,
     out: Path,
 ) -> Evaluation:
-    """`aga eval`: open a model, evaluate it on a split, write the CSVs into `out`."""
+    """`aga eval`: open a model, evaluate it on a split, write the CSVs and the report into `out`."""
     target = pick_device(device)
+    bf16 = use_bf16(target, precision)
     model = load(model_folder).to(target)
     with memory_errors("Lower --batch-size."):
-        outcome = evaluate(model, model.tokenizer, prepared, split, config, directions, use_bf16(target, precision))
-    write_evaluation(out, outcome)
+        outcome = evaluate(model, model.tokenizer, prepared, split, config, directions, bf16)
+    stored = model_folder.parent / "config.toml"
+    in_run = model_folder.is_dir() and stored.is_file()
+    trained = read_toml(stored) if in_run else {"model": model.config.model_dump(mode="json", exclude_none=True)}
+    used = {**trained, "eval": config.model_dump(mode="json")}
+    write_evaluation(out, outcome, prepared, split, model_folder.name, _machine(target, bf16), used)
     return outcome
 
 
-def write_evaluation(folder: Path, outcome: Evaluation) -> None:
-    """metrics.csv and queries.csv."""
+def _machine(device: torch.device, bf16: bool) -> str:
+    return f"{device.type}, {'bf16' if bf16 else 'fp32'}"
+
+
+def write_evaluation(
+    folder: Path, outcome: Evaluation, prepared: Prepared, split: str, model: str, device: str, config: dict[str, Any]
+) -> None:
+    """metrics.csv, queries.csv, evaluation.json (what they were made from), and report.html, made from the three."""
     write_csv(folder / "metrics.csv", metric_table(outcome.metrics))
     write_csv(folder / "queries.csv", outcome.queries, decimals=6)
+    record = evaluation_record(folder, prepared.folder, prepared.info, split, model, device, config)
+    write_json(folder / "evaluation.json", record)
+    write_report(folder)

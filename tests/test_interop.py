@@ -660,6 +660,11 @@ def test_what_a_retrieval_checkpoint_lacks_starts_new(tmp_path: Path) -> None:
     assert differing == {"mlm_transform.weight"}
 
 
+def test_parts_and_an_existing_model_contradict_each_other(source: Path, tokenizer: Path) -> None:
+    with pytest.raises(UsageError, match="start a new model"):
+        start_model(run(init=str(source), text_model="bert-base-uncased"), tokenizer)
+
+
 def test_a_reference_checkpoint_needs_its_vocabulary(tmp_path: Path, tokenizer: Path) -> None:
     size = agatool.tokenization.load_tokenizer_file(tokenizer).get_vocab_size()
     other = write(tmp_path / "other", reference_state(vocabulary=size + 1))

@@ -230,7 +230,7 @@ def test_eighty_ten_ten() -> None:
 def test_random_ids_cover_all_but_the_specials() -> None:
     vocabulary = Vocabulary(mask_id=4, vocab_size=8, special_ids=(0, 2, 3, 4, 6))
     batch = make_batch([[1] * 30] * 200)
-    masked = mask_words(batch, vocabulary, MaskingConfig(ratio=0.9), generator=seeded())
+    masked = mask_words(batch, vocabulary, MaskingConfig(strategy="random", ratio=0.9), generator=seeded())
     new = masked.ids[masked.chosen]
     assert set(new[new < 200].tolist()) == {1, 4, 5, 7}
 
@@ -238,7 +238,7 @@ def test_random_ids_cover_all_but_the_specials() -> None:
 def test_a_vocabulary_of_specials_only() -> None:
     vocabulary = Vocabulary(mask_id=4, vocab_size=5, special_ids=(0, 1, 2, 3, 4))
     batch = make_batch([[1] * 30] * 20)
-    masked = mask_words(batch, vocabulary, MaskingConfig(ratio=0.9), generator=seeded())
+    masked = mask_words(batch, vocabulary, MaskingConfig(strategy="random", ratio=0.9), generator=seeded())
     new = masked.ids[masked.chosen]
     assert set(new[new < 200].tolist()) == {4}
 

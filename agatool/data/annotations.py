@@ -22,7 +22,7 @@ _SPLIT_NAMES = {"training": "train", "valid": "val", "validation": "val", "dev":
 _SPLIT_NAMES |= {name: name for name in SPLITS}
 # First key present wins. `image_id` comes last: some lists use it for the person, COCO-like ones for the image.
 _IMAGE_KEYS = ("file_path", "img_path", "image_path", "image", "path")
-_CAPTION_KEYS = ("captions", "caption")
+CAPTION_KEYS = ("captions", "caption")
 _PERSON_KEYS = ("id", "person_id", "label", "image_id")
 MAX_CAPTION, MAX_PATH = 10_000, 1024  # characters; the longest real caption has a few hundred
 _LOOK = 200  # records tried when finding out which folder the image paths start from
@@ -252,7 +252,7 @@ def parse_record(record: Any) -> Record:
         raise DataError(f"record is not an object: {type(record).__name__}")
     fields = {str(key).strip().lower(): (key, value) for key, value in record.items()}
     image = _image_path(_value(fields, _IMAGE_KEYS, "image path")[1])
-    caption_key, raw = _value(fields, _CAPTION_KEYS, "caption")
+    caption_key, raw = _value(fields, CAPTION_KEYS, "caption")
     person = _person(_value(fields, _PERSON_KEYS, "person id")[1])
     split = _split(fields)
     if not isinstance(raw, str | list):
@@ -272,7 +272,8 @@ def parse_record(record: Any) -> Record:
 # -- one file ---------------------------------------------------------------------------------------------------
 
 
-def _open_lines(path: Path) -> Iterator[str]:
+def open_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 text file with their ends; DataError where it is missing, oversized or no such text."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise DataError(f"{path} is larger than {MAX_JSON_BYTES >> 30} GiB", "Split the file.")
@@ -284,8 +285,9 @@ def _open_lines(path: Path) -> Iterator[str]:
         raise DataError(f"{path} is not UTF-8 text: {error}", "Save the file as UTF-8.") from error
 
 
-def _read_jsonl(path: Path) -> Iterator[Any]:
-    for number, line in enumerate(_open_lines(path), 1):
+def read_jsonl(path: Path) -> Iterator[Any]:
+    """The records of a JSON lines file, one at a time; DataError names the line that is broken."""
+    for number, line in enumerate(open_lines(path), 1):
         if line.strip():
             try:
                 yield json.loads(line)
@@ -294,7 +296,7 @@ def _read_jsonl(path: Path) -> Iterator[Any]:
                 raise DataError(f"{path}, line {number}, is not valid JSON: {reason}", "Check the file.") from error
 
 
-def _cell(value: Any) -> Any:
+def csv_cell(value: Any) -> Any:
     """A CSV cell; a JSON list in it (captions) is read as one, never evaluated."""
     if isinstance(value, str) and value.startswith("["):
         try:
@@ -306,8 +308,8 @@ def _cell(value: Any) -> Any:
 
 def _read_csv(path: Path) -> Iterator[Any]:
     try:
-        for row in csv.DictReader(_open_lines(path), strict=True):
-            yield {key: _cell(value) if value != "" else None for key, value in row.items() if key is not None}
+        for row in csv.DictReader(open_lines(path), strict=True):
+            yield {key: csv_cell(value) if value != "" else None for key, value in row.items() if key is not None}
     except csv.Error as error:
         raise DataError(f"{path} is not valid CSV: {error}", "Quote captions that hold commas.") from error
 
@@ -317,7 +319,7 @@ def read_records(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise DataError(f"{path} is not a file", "Check --annotations.")
     if path.suffix.lower() == ".jsonl":
-        yield from _read_jsonl(path)
+        yield from read_jsonl(path)
     elif path.suffix.lower() == ".csv":
         yield from _read_csv(path)
     else:

@@ -191,8 +191,7 @@ class _Speaker:
         return self.name(attribute, true)
 
     def name(self, attribute: str, value: str, correct: str = "") -> Piece:
-        kind = "color" if attribute.endswith("_color") and attribute not in WORDS else attribute
-        text = self.pick(WORDS.get(kind, {}).get(value, (value,)))
+        text = self.pick(wordings(attribute, value))
         part = "face" if value == "bald" else PART_OF[attribute]
         return Piece(text, part, attribute, value, correct)
 
@@ -279,6 +278,12 @@ class _Speaker:
             lead = self.pick(("looking at a", "using a", "holding a", "looking at {his}"))
             found.append([*plain(lead), self.word("phone")])
         return found
+
+
+def wordings(attribute: str, value: str) -> tuple[str, ...]:
+    """How an attribute's value is said, the usual word more often."""
+    kind = "color" if attribute.endswith("_color") and attribute not in WORDS else attribute
+    return WORDS.get(kind, {}).get(value, (value,))
 
 
 def plain(text: str) -> list[Piece]:

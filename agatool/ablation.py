@@ -13,9 +13,10 @@ import numpy as np
 import pandas as pd
 
 from agatool import console
-from agatool.config import RunConfig, read_toml, to_toml
+from agatool.config import RunConfig, build_config, read_toml, to_toml
 from agatool.data.prepare import Prepared
 from agatool.errors import DataError, StoppedError, UsageError
+from agatool.files import write_text
 from agatool.mask_figures import ablation_png
 from agatool.masking import Strategy
 from agatool.metrics import METRICS, QueryMetrics, bootstrap_interval, paired_test
@@ -78,35 +79,40 @@ def arm_config(base: RunConfig, arm: Arm, seed: int) -> RunConfig:
 def train_arms(base: RunConfig, prepared: Prepared, out: Path, seeds: int) -> None:
     """Train and evaluate every arm; a finished one is left alone, an interrupted one resumes.
 
-    Goes seed by seed, so that what there is after a while can be compared. Raises UsageError for an arm that was
-    trained with another configuration, StoppedError when asked to stop.
+    Goes seed by seed, so that what there is after a while can be compared. Raises UsageError where `out` holds arms
+    of another configuration, StoppedError when asked to stop.
     """
+    _claim(out, base)
     jobs = [(arm, seed) for seed in range(seeds) for arm in ARMS]
-    begun = {job: _begun(arm_folder(out, *job), arm_config(base, *job)) for job in jobs}
-    for number, job in enumerate(jobs, 1):
-        folder = arm_folder(out, *job)
-        if begun[job] and read_run(folder).record:
+    for number, (arm, seed) in enumerate(jobs, 1):
+        folder = arm_folder(out, arm, seed)
+        stored = folder / "config.toml"
+        if stored.is_file() and read_run(folder).record:
             console.info(f"{folder.name}: finished already")
             continue
         console.info(f"{folder.name}: arm {number} of {len(jobs)}")
+        resume = stored.is_file()
+        config = build_config(read_toml(stored)) if resume else arm_config(base, arm, seed)
         try:
-            run(arm_config(base, *job), prepared, folder, resume=begun[job])
+            run(config, prepared, folder, resume)
         except StoppedError as error:
             hint = "The same command again goes on from here."
             raise StoppedError(error.message, hint, error.exit_code) from error
 
 
-def _begun(folder: Path, config: RunConfig) -> bool:
-    """Whether the arm was begun. Raises UsageError if with another configuration."""
-    stored = folder / "config.toml"
-    if not stored.is_file():
-        return False
-    if read_toml(stored) != tomllib.loads(to_toml(config)):
+def _claim(out: Path, base: RunConfig) -> None:
+    """Note what the arms are trained from; UsageError if those in `out` were trained from something else.
+
+    Their own config.toml does not tell: a run stores the sizes of the model that it started from.
+    """
+    note = out / "ablation.toml"
+    if not note.is_file():
+        write_text(note, to_toml(base))
+    elif read_toml(note) != tomllib.loads(to_toml(base)):
         raise UsageError(
-            f"{folder} was trained with another configuration",
+            f"The arms in {out} were trained with another configuration",
             "Give the same options as then, or another --out.",
         )
-    return True
 
 
 # --- comparing ----------------------------------------------------------------------------------------------

@@ -416,7 +416,7 @@ def visualize(
         for pair in pairs:
             explained.append(explain(model, pair, look, wanted))
             task.advance()
-    if wanted and not any(explanation.shown for explanation in explained):
+    if wanted and "all" not in wanted and not any(explanation.shown for explanation in explained):
         there = ", ".join(dict.fromkeys(word.text for word in explained[0].words))
         raise UsageError(f"--words {words}: no caption has any of them", f"The first caption's words: {there}")
     with console.progress("Drawing", len(explained)) as task:

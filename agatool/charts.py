@@ -70,9 +70,9 @@ def _colour(place: int) -> str:
 
 def line_chart(panel: Panel) -> Markup:
     """The lines of a panel over the training steps; noisy ones as their moving average, faint behind it the values."""
-    finite = [value for line in panel.series for value in line.values if np.isfinite(value)] or [0.0]
-    last = max(line.steps[-1] for line in panel.series)
-    axes = _Axes((0.0, last), (min(finite), max(finite)))
+    steps = [step for line in panel.series for step in line.steps]
+    values = [value for line in panel.series for value in line.values]
+    axes = _Axes((0.0, max(steps)), (min(values), max(values)))
     parts, legend = [axes.draw("step")], []
     if panel.marked is not None:
         (x, top), (_, floor) = axes.place(panel.marked, axes.y_ticks[-1]), axes.place(panel.marked, axes.y_ticks[0])
@@ -80,7 +80,6 @@ def line_chart(panel: Panel) -> Markup:
     for place, line in enumerate(panel.series):
         colour = _colour(place)
         keep = np.unique(np.linspace(0, len(line.steps) - 1, _POINTS).astype(int))
-        keep = keep[np.isfinite(np.asarray(line.values)[keep])]
         steps = [line.steps[i] for i in keep]
         if line.noisy:
             average = smoothed(line.values)
@@ -93,7 +92,7 @@ def line_chart(panel: Panel) -> Markup:
                 x, y = axes.place(step, value)
                 parts.append(tag("circle", cx=x, cy=y, r=3, class_=colour))
         parts.append(tag("polyline", points=axes.points(steps, shown), class_=f"line {colour}"))
-        legend.append(f"{line.label} {shown[-1]:.4g}" if shown else line.label)
+        legend.append(f"{line.label} {shown[-1]:.4g}")
     chosen = f"dotted: chosen, step {panel.marked}" if panel.marked is not None else ""
     return _chart(panel.title, f"Last values: {', '.join(legend)}. {chosen}", join(*parts), legend, chosen)
 

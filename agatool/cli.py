@@ -1,9 +1,8 @@
 """The `aga` command: Typer signatures and help only. Heavy imports happen inside the commands."""
 
-from __future__ import annotations
-
 import functools
 import os
+import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from agatool import __version__, console
+from agatool import __version__
 from agatool.errors import INTERRUPTED, MEMORY, AgatoolError, DiskError, UsageError
 
 DATA, MODELS = "Data", "Models"
@@ -76,7 +75,38 @@ class Tail(StrEnum):
 
 def main() -> None:
     """Entry point of the console script and of `python -m agatool`."""
-    app()
+    if sys.argv[1:] in ([], ["--help"], ["-h"]):
+        _overview()
+    else:
+        app()
+
+
+def _overview() -> None:
+    """What `aga --help` says, drawn without Typer: its help page imports a Markdown and a syntax library first."""
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.table import Table
+
+    out = Console(highlight=False)
+    out.print(f"\n [bold]Usage:[/] aga [OPTIONS] COMMAND [ARGS]...\n\n {app.info.help}\n")
+    panels: dict[str, list[tuple[str, str]]] = {}
+    for command in app.registered_commands:
+        assert command.callback is not None
+        name = command.name or command.callback.__name__
+        summary = (command.callback.__doc__ or "").partition("\n")[0]
+        panels.setdefault(str(command.rich_help_panel), []).append((name, summary))
+    panels["Options"] = [
+        ("--help, -h", "This page; `aga COMMAND --help` shows a command's options and examples."),
+        ("--version", "Show the version and exit."),
+        ("--install-completion", "Set up completion for this shell."),
+        ("--show-completion", "Show that completion, to copy or adapt it."),
+    ]
+    for title, rows in panels.items():
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold cyan", no_wrap=True, min_width=20)
+        for row in rows:
+            table.add_row(*row)
+        out.print(Panel(table, title=title, title_align="left", border_style="dim"))
 
 
 def _reporting(command: Callable[..., None]) -> Callable[..., None]:
@@ -84,6 +114,8 @@ def _reporting(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
+        from agatool import console
+
         console.configure(kwargs.get("quiet", False))
         try:
             command(*args, **kwargs)
@@ -107,6 +139,8 @@ def _reporting(command: Callable[..., None]) -> Callable[..., None]:
 def _leave(error: BaseException, message: str, hint: str, code: int) -> None:
     if os.environ.get("AGATOOL_DEBUG") == "1":
         raise error
+    from agatool import console
+
     console.error(message, hint)
     raise typer.Exit(code)
 
@@ -188,6 +222,7 @@ def prepare(
 
       aga prepare --dataset sample --identities 200 --out data/small
     """
+    from agatool import console
     from agatool.data.annotations import dataset_key
     from agatool.data.prepare import nowhere, prepare_sample, raw_folder, sample_spec
     from agatool.data.prepare import prepare as prepare_raw
@@ -308,6 +343,7 @@ def train(
 
       aga train --dataset sample --init scratch --set masking.ratio=0.25 --out runs/ratio25
     """  # fmt: skip
+    from agatool import console
     from agatool.config import plan_run, to_toml
     from agatool.data.annotations import dataset_key
     from agatool.runs import claim, fresh_run, newest_run
@@ -351,6 +387,7 @@ def _dry_run(settings: Any, root: Path | None) -> None:
     """Show what a run would cost; data that is not prepared yet is prepared in a folder that goes away again."""
     import tempfile
 
+    from agatool import console
     from agatool.cost import estimate
     from agatool.data.prepare import find_data
 
@@ -438,6 +475,7 @@ def convert(
 
       aga convert rasa_cuhk.pth models/rasa --with-teacher
     """
+    from agatool import console
     from agatool.convert import convert as convert_checkpoint
     from agatool.convert import report
 
@@ -450,6 +488,7 @@ def convert(
 
 
 def _show_metrics(outcome: Any, folder: Path, as_json: bool) -> None:
+    from agatool import console
     from agatool.report import metric_rows, metric_table
 
     table = metric_table(outcome.metrics)

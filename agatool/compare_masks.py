@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agatool import console
+from agatool.checkpoint import load
 from agatool.config import MaskingConfig, build_config, parse_override, read_toml
 from agatool.data.prepare import Prepared
 from agatool.data.sampling import stream_seed
@@ -32,6 +33,7 @@ from agatool.model import ImageKeysValues, PersonSearchModel
 from agatool.objective import class_attention
 from agatool.report import write_csv
 from agatool.tokenization import Batch, Encoding
+from agatool.train import memory_errors, pick_device, use_bf16
 
 STRATEGIES: tuple[Strategy, ...] = ("random", "content", "attention")
 IMAGES = ("image", "other_image", "no_image")  # what the model looks at while it fills words in
@@ -312,7 +314,27 @@ def against_random(comparison: Comparison) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["strategy", "measure", "ratio", "difference", "low", "high", "p"])
 
 
-# --- what is written ----------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def compare_masks(
+    model_folder: Path,
+    prepared: Prepared,
+    split: str,
+    config: MaskingConfig,
+    draws: int,
+    limit: int,
+    out: Path,
+    device: str = "auto",
+    precision: str = "auto",
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Open a model, compare the strategies over a split and write everything -> masks.csv's table, and for --json."""
+    target = pick_device(device)
+    model = load(model_folder).to(target)
+    with memory_errors("Use --device cpu, or a machine with more memory."):
+        comparison = compare(model, prepared, split, config, draws, limit, use_bf16(target, precision))
+    title = f"Masks compared on {prepared.name}, {split}: {len(comparison.captions):,} captions"
+    return mask_table(comparison), write_comparison(out, comparison, prepared, title)
 
 
 def write_comparison(out: Path, comparison: Comparison, prepared: Prepared, title: str) -> dict[str, Any]:
@@ -353,7 +375,7 @@ def _shown(comparison: Comparison, prepared: Prepared) -> Iterator[ShownCaption]
 
 
 def mask_rows(masks: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """masks.csv for a terminal: header and rows."""
+    """masks.csv for a terminal or a page: header and rows, shares in percent, cross-entropies in nats."""
     percent = {name for name in MASKS_COLUMNS[1:] if not name.startswith(("ce_", "image_"))}
     rows = []
     for record in masks.to_dict("records"):
@@ -363,4 +385,5 @@ def mask_rows(masks: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
             if name != "strategy"
         }
         rows.append([record["strategy"], *shown.values()])
-    return [name.replace("_", " ") for name in MASKS_COLUMNS], rows
+    header = ["", "ratio", "content", "visible", "top-1", "top-5", "CE own", "CE other", "CE none", "image gain"]
+    return header, rows

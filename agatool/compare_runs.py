@@ -140,9 +140,8 @@ def _metrics(runs: Sequence[RunFiles]) -> list[Markup]:
     return tables + notes + (protocol(evaluated[0].config) if same else [])
 
 
-def _paired(comparisons: Sequence[Comparison], unpaired: str) -> list[Markup]:
-    if unpaired:
-        return [tag("p", f"{unpaired} So there is nothing to pair.", class_="note")]
+def comparison_rows(comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
+    """The tests for people, (header, rows); the last column is the verdict."""
     header = ["", "Difference", "95 % interval", "p", "Queries better", "Worse", "Verdict"]
     rows = [
         [
@@ -152,25 +151,26 @@ def _paired(comparisons: Sequence[Comparison], unpaired: str) -> list[Markup]:
             "< 0.001" if row.p < 0.001 else f"{row.p:.3f}",
             f"{row.better:,}",
             f"{row.worse:,}",
-            _verdict(row),
+            "no clear difference" if row.p >= SIGNIFICANT else "better" if row.difference > 0 else "worse",
         ]
         for row in comparisons
     ]
+    return header, rows
+
+
+def _paired(comparisons: Sequence[Comparison], unpaired: str) -> list[Markup]:
+    if unpaired:
+        return [tag("p", f"{unpaired} So there is nothing to pair.", class_="note")]
+    if not comparisons:
+        return [tag("p", "The runs share no query.", class_="note")]
+    header, rows = comparison_rows(comparisons)
     told = (
-        f"Percentage points over the {comparisons[0].queries:,} shared queries of a direction, each run against "
-        "the first, in the last stage that each of them ran. p is that of a sign-flip test, two-sided, not corrected "
-        "for the number of tests; it does not cover training again with another seed."
-        if comparisons
-        else "The runs share no query."
+        "Percentage points over the queries that both runs have, each run against the first, in the last stage that "
+        "each of them ran. p is that of a sign-flip test, two-sided, not corrected for the number of tests; it does "
+        "not cover training again with another seed."
     )
-    return [*([table(header, rows, "Paired tests")] if rows else []), tag("p", told, class_="muted")]
-
-
-def _verdict(row: Comparison) -> Markup:
-    if row.p >= SIGNIFICANT:
-        return tag("span", "no clear difference")
-    better = row.difference > 0
-    return tag("span", "better" if better else "worse", class_="better" if better else "worse")
+    coloured = [[*cells, tag("span", verdict, class_=verdict.partition(" ")[0])] for *cells, verdict in rows]
+    return [table(header, coloured, "Paired tests"), tag("p", told, class_="muted")]
 
 
 def _curves(runs: Sequence[RunFiles]) -> list[Markup]:

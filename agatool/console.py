@@ -96,10 +96,11 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
 class Task:
     """One piece of long work: `advance` moves its bar, or logs a plain line now and then without a terminal."""
 
-    def __init__(self, description: str, total: int | None, bar: Progress | None) -> None:
-        self.description, self.total, self.done = description, total, 0
+    def __init__(self, description: str, total: int | None, bar: Progress | None, done: int = 0) -> None:
+        self.description, self.total, self.done = description, total, done
+        self._before = done
         self._bar = bar
-        self._id = bar.add_task(description, total=total) if bar else None
+        self._id = bar.add_task(description, total=total, completed=done) if bar else None
         self._started = self._logged = time.monotonic()
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
@@ -110,17 +111,20 @@ class Task:
             self._bar.update(self._id, advance=count, description=escape(label))
         elif time.monotonic() - self._logged >= LOG_EVERY_SECONDS and not _quiet:
             self._logged = time.monotonic()
-            rate = self.done / (self._logged - self._started)
+            rate = (self.done - self._before) / (self._logged - self._started)
             of = f"/{self.total}" if self.total else ""
             left = f", {(self.total - self.done) / rate:.0f} s left" if self.total and rate else ""
             info(f"{label}: {self.done}{of} ({rate:.1f}/s{left})")
 
 
 @contextmanager
-def progress(description: str, total: int | None = None) -> Iterator[Task]:
-    """Show progress on stderr while the block runs: a bar on a terminal, plain lines otherwise."""
+def progress(description: str, total: int | None = None, done: int = 0) -> Iterator[Task]:
+    """Show progress on stderr while the block runs: a bar on a terminal, plain lines otherwise.
+
+    `done` units were done before, by a run that is now continued.
+    """
     if _quiet or not _err.is_terminal:
-        yield Task(description, total, None)
+        yield Task(description, total, None, done)
         return
     columns = (
         SpinnerColumn(),
@@ -131,4 +135,4 @@ def progress(description: str, total: int | None = None) -> Iterator[Task]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=_err, transient=True) as bar:
-        yield Task(description, total, bar)
+        yield Task(description, total, bar, done)

@@ -135,7 +135,7 @@ def encode_images(
     kept, done = torch.empty(0), 0
     with inference(model, bf16), console.progress("Encoding images", len(paths)) as task:
         for images in _decoded(paths, model.config.image_size, batch_size):
-            encoded = _encode_batch(model, images)
+            encoded = encode_batch(model, images)
             if done == 0:
                 kept = _room(encoded.tokens, len(paths), keep_bytes, bf16)
             stop = done + len(images)
@@ -147,7 +147,7 @@ def encode_images(
     def encode_again(indices: Sequence[int]) -> Iterator[Tensor]:
         chosen = [paths[index] for index in indices]
         for images in _decoded(chosen, model.config.image_size, batch_size):
-            yield from _encode_batch(model, images).tokens.split(1)
+            yield from encode_batch(model, images).tokens.split(1)
 
     return ImageSet(finite(features), kept, encode_again)
 
@@ -159,7 +159,7 @@ def _room(tokens: Tensor, images: int, keep_bytes: int, bf16: bool) -> Tensor:
     return torch.empty(count, *tokens.shape[1:], dtype=dtype)
 
 
-def _encode_batch(model: PersonSearchModel, images: Tensor) -> Encoded:
+def encode_batch(model: PersonSearchModel, images: Tensor) -> Encoded:
     """uint8 images [B, 3, height, width] from the CPU -> tokens and features on the model's device."""
     on_device = images.to(model_device(model))
     return model.encode_image(eval_transform(on_device, model.config.image_mean, model.config.image_std))

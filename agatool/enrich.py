@@ -21,7 +21,7 @@ from agatool.checkpoint import load
 from agatool.data.annotations import DATASETS, Record, parse_record
 from agatool.data.images import decode_image, to_tensor
 from agatool.encoding import in_order
-from agatool.enriching import EnrichConfig, Enricher, MaskedWord, Version, usual_words, whole_words
+from agatool.enriching import EnrichConfig, Enricher, Version, usual_words, whole_words
 from agatool.errors import CheckpointError, DataError, StoppedError, UsageError
 from agatool.files import atomic_file, contained, read_json, write_json
 from agatool.model import PersonSearchModel
@@ -91,14 +91,14 @@ def enrich(
     source = open_captions(file)
     place = pick_device(device)
     answers = Truth(truth) if truth else None
+    model = load(checkpoint).to(place)
+    if any(name.startswith("mlm") for name in model.config.untrained):
+        raise CheckpointError(f"{checkpoint} cannot predict words: its MLM head is not trained", "Train it first.")
     job = _job(checkpoint, file, config, image_root, truth, place)
     survey = _claim(out, job, file, overwrite)
     if survey and (out / SUMMARY).is_file():
         console.info(f"{out} is finished already.")
         return _finished(out)
-    model = load(checkpoint).to(place)
-    if any(name.startswith("mlm") for name in model.config.untrained):
-        raise CheckpointError(f"{checkpoint} cannot predict words: its MLM head is not trained", "Train it first.")
     with memory_errors("Use a smaller --batch-size."):
         if survey is None:
             survey = _survey(source, model, config, image_root)
@@ -369,18 +369,18 @@ def _tally(item: Item, truth: Truth | None) -> dict[str, float]:
     every = [version for versions in item.versions for version in versions]
     masked = [word for version in every for word in version.masked]
     edits = [word for word in masked if word.replaced]
-    sums: dict[str, float] = dict(
-        records=1,
-        captions=len(item.record.captions) if item.record else 0,
-        versions=len(every),
-        versions_changed=sum(any(word.replaced for word in version.masked) for version in every),
-        kept=len(item.kept),
-        masked=len(masked),
-        replaced=len(edits),
-        probability=sum(word.probability for word in edits),
-        itm_original=sum(version.itm_original for version in every),
-        itm_enriched=sum(version.itm_enriched for version in every),
-    )
+    sums: dict[str, float] = {
+        "records": 1,
+        "captions": len(item.record.captions) if item.record else 0,
+        "versions": len(every),
+        "versions_changed": sum(any(word.replaced for word in version.masked) for version in every),
+        "kept": len(item.kept),
+        "masked": len(masked),
+        "replaced": len(edits),
+        "probability": sum(word.probability for word in edits),
+        "itm_original": sum(version.itm_original for version in every),
+        "itm_enriched": sum(version.itm_enriched for version in every),
+    }
     if truth and item.record:
         for position, versions in zip(item.record.positions, item.versions, strict=bool(item.versions)):
             for version in versions:

@@ -20,11 +20,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch
 
-PANEL_HEIGHT = 2.6  # inches
 PANELS_A_ROW = 8  # pictures side by side, the image included
 PAIRS_A_SHEET = 10
-_NARROWEST, _WIDEST = 1.0, 3.6  # inches; extreme image shapes get blank space beside them
-_LINE, _TEXT = 0.27, 10  # inches a line of the caption, and its font size in points
+_PANEL, _LEAST = (2.3, 2.6), 0.8  # inches: width and height that an image is fitted into, and the least of either
+_GAP, _MARGIN, _TITLE = 0.12, 0.1, 0.3  # inches between panels, at the edge, and for a panel's title
+_LINE, _NOTE, _TEXT = 0.27, 0.16, 10  # inches a line of the caption and of notes; the font's size in points
 _HEAT, _SHADE = "inferno", (0.98, 0.62, 0.15)  # colour map of the heat; colour of a word's attention
 
 
@@ -50,50 +50,53 @@ class Picture:
 
 def draw_pair(path: Path, picture: Picture) -> None:
     """One picture: the image, the panels and the shaded caption. The file's suffix says the format."""
-    across, columns = _panel_width(picture.image), min(PANELS_A_ROW, 1 + len(picture.panels))
+    across, high = _panel_size(picture.image)
+    columns = min(PANELS_A_ROW, 1 + len(picture.panels))
     rows = -(-(1 + len(picture.panels)) // columns)
-    below = 0.16 * max((len(panel.notes) for panel in picture.panels), default=0)
-    width = max(columns * (across + 0.12) + 0.2, 5.0)
+    width = max(columns * (across + _GAP) + 2 * _MARGIN, 5.0)
     figure = plt.figure(figsize=(width, 1), facecolor="white")
-    lines = _wrapped(figure, picture.caption, picture.shades, width - 0.3)
-    row_height = PANEL_HEIGHT + 0.3 + below
-    height = rows * row_height + 0.3 + _LINE * len(lines) + 0.15
+    lines = _wrapped(figure, picture.caption, picture.shades, width - 3 * _MARGIN)
+    notes = _NOTE * max((len(panel.notes) for panel in picture.panels), default=0)
+    row_height = _TITLE + high + notes
+    text_height = 0.25 + _LINE * len(lines)
+    height = rows * row_height + 0.2 + text_height
     figure.set_size_inches(width, height)
     for number, panel in enumerate([None, *picture.panels]):
         row, column = divmod(number, columns)
-        top = height - row * row_height - 0.3
-        place = (0.1 + column * (across + 0.12), top - PANEL_HEIGHT, across, PANEL_HEIGHT)
-        _draw_panel(figure, place, picture.image, panel)
-    text_top = _LINE * len(lines) + 0.15
-    _text(figure, 0.15, text_top + 0.1, picture.score, size=_TEXT, weight="bold")
-    _draw_caption(figure, lines, 0.15, text_top)
+        bottom = height - row * row_height - _TITLE - high
+        _draw_panel(figure, (_MARGIN + column * (across + _GAP), bottom, across, high), picture.image, panel)
+    _text(figure, _MARGIN, text_height - 0.1, picture.score, size=_TEXT, weight="bold")
+    _draw_caption(figure, lines, _MARGIN, text_height - 0.15)
     _save(path, figure)
 
 
 def draw_sheet(path: Path, pictures: Sequence[Picture]) -> None:
-    """A contact sheet: a row a pair, its caption above it."""
-    shown = min(PANELS_A_ROW - 1, max((len(picture.panels) for picture in pictures), default=0))
-    across = max(_panel_width(picture.image) for picture in pictures)
-    width = max((1 + shown) * (across + 0.12) + 0.2, 6.0)
+    """A contact sheet: for each pair a row, its caption above it, without notes."""
+    shown = [picture.panels[: PANELS_A_ROW - 1] for picture in pictures]
+    sizes = [_panel_size(picture.image) for picture in pictures]
+    widths = [(1 + len(panels)) * (size[0] + _GAP) for panels, size in zip(shown, sizes, strict=True)]
+    width = max(*widths, 6.0) + 2 * _MARGIN
     figure = plt.figure(figsize=(width, 1), facecolor="white")
-    wrapped = [_wrapped(figure, picture.caption, picture.shades, width - 0.3) for picture in pictures]
-    heights = [PANEL_HEIGHT + 0.95 + _LINE * len(lines) for lines in wrapped]
-    figure.set_size_inches(width, sum(heights))
+    wrapped = [_wrapped(figure, picture.caption, picture.shades, width - 3 * _MARGIN) for picture in pictures]
+    heights = [0.7 + _LINE * len(lines) + _TITLE + size[1] for lines, size in zip(wrapped, sizes, strict=True)]
     top = sum(heights)
-    for picture, lines, height in zip(pictures, wrapped, heights, strict=True):
-        _text(figure, 0.15, top - 0.35, picture.score, size=_TEXT, weight="bold")
-        _draw_caption(figure, lines, 0.15, top - 0.42)
-        bottom = top - 0.42 - _LINE * len(lines) - 0.35 - PANEL_HEIGHT
-        for column, panel in enumerate([None, *picture.panels[:shown]]):
-            place = (0.1 + column * (across + 0.12), bottom, across, PANEL_HEIGHT)
+    figure.set_size_inches(width, top)
+    for picture, panels, (across, high), lines, height in zip(pictures, shown, sizes, wrapped, heights, strict=True):
+        _text(figure, _MARGIN, top - 0.3, picture.score, size=_TEXT, weight="bold")
+        _draw_caption(figure, lines, _MARGIN, top - 0.37)
+        bottom = top - 0.47 - _LINE * len(lines) - _TITLE - high
+        for column, panel in enumerate([None, *panels]):
+            place = (_MARGIN + column * (across + _GAP), bottom, across, high)
             _draw_panel(figure, place, picture.image, panel, with_notes=False)
         top -= height
     _save(path, figure)
 
 
-def _panel_width(image: np.ndarray) -> float:
+def _panel_size(image: np.ndarray) -> tuple[float, float]:
+    """Inches (width, height) of an image's panels; an extreme shape gets blank space around it."""
     height, width = image.shape[:2]
-    return min(_WIDEST, max(_NARROWEST, PANEL_HEIGHT * width / height))
+    scale = min(_PANEL[0] / width, _PANEL[1] / height)
+    return max(_LEAST, width * scale), max(_LEAST, height * scale)
 
 
 def _draw_panel(
@@ -117,7 +120,7 @@ def _draw_panel(
     _text(figure, left + width / 2, bottom + height + 0.06, panel.title, size=_TEXT, weight="bold", ha="center",
           fit=width + 0.1)  # fmt: skip
     for number, note in enumerate(panel.notes if with_notes else ()):
-        _text(figure, left + width / 2, bottom - 0.16 * (number + 1), note, size=8, ha="center", fit=width + 0.1)
+        _text(figure, left + width / 2, bottom - _NOTE * (number + 1), note, size=8, ha="center", fit=width + 0.1)
 
 
 def _text(figure: Any, x: float, y: float, text: str, size: float, fit: float | None = None, **style: Any) -> None:

@@ -113,7 +113,7 @@ _STYLE = """
 .shown { display: flex; gap: 18px; align-items: flex-start; }
 .shown img { border-radius: 8px; width: 76px; }
 .shown h4 { color: var(--muted); font-size: 0.82rem; font-weight: 500; margin: 0; }
-.shown p { line-height: 2.5; margin: 0 0 4px; }
+.shown p { line-height: 2.5; margin: 0 0 4px; max-width: none; }
 .word { border-radius: 4px; padding: 1px 3px; background: rgba(228, 104, 42, var(--heat)); }
 ruby { ruby-position: under; margin: 0 2px; }
 .masked { outline: 2px solid var(--text); }
@@ -125,8 +125,9 @@ rt { font-size: 0.68em; padding-top: 3px; } rt.right { color: var(--hit); } rt.w
 def captions_html(path: Path, title: str, chart: Path, masks: Table, captions: Sequence[ShownCaption]) -> None:
     """The page: the figures, the chart, and captions with words shaded by class attention and masked ones boxed."""
     about = (
-        "Three ways of choosing the same number of words to mask. The image gain is how much better the masked words "
-        "are told with the person's own image than with another person's, in nats a word."
+        "Three ways of choosing the same number of words to mask, and how well the model fills them in. CE is its "
+        "cross-entropy in nats a masked word while it looks at the person's own image, another person's, or none; "
+        "CE other minus CE own is the image gain."
     )
     told = (
         "The stronger a word's shade, the more class attention it gets. Boxed words were masked; below each stands "

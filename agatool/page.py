@@ -135,7 +135,8 @@ nav, .links { display: flex; flex-wrap: wrap; gap: 6px 18px; margin: 18px 0 0; f
 .scroll { overflow-x: auto; margin: 0 0 14px; }
 table { border-collapse: collapse; width: 100%; font-size: 0.92rem; overflow-wrap: normal; }
 th, td { padding: 8px 14px; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); }
-th:first-child { position: sticky; left: 0; text-align: left; background: var(--card); white-space: normal; min-width: 7.5em; }
+th:first-child { position: sticky; left: 0; min-width: 7.5em; text-align: left; white-space: normal;
+  background: var(--card); }
 thead th, thead th:first-child { border-top: 0; font-weight: 600; background: var(--soft); }
 tbody th { font-weight: 500; }
 .plain td, .plain th { text-align: left; white-space: normal; }

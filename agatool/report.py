@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 import pandas as pd
 
 from agatool import __version__
@@ -119,8 +120,9 @@ _LOG_PANELS = {
 
 def series(table: pd.DataFrame, column: str, label: str, noisy: bool = False) -> Series:
     """A column of a log over its steps, without the gaps."""
-    known = table[["step", column]].dropna()
-    return Series(label, known["step"].astype(float).tolist(), known[column].astype(float).tolist(), noisy)
+    known = table[["step", column]].astype(float)
+    known = known[np.isfinite(known).all(axis=1)]
+    return Series(label, known["step"].tolist(), known[column].tolist(), noisy)
 
 
 def final_stage(validation: pd.DataFrame) -> pd.DataFrame:
@@ -143,7 +145,7 @@ def curve_panels(log: pd.DataFrame, validation: pd.DataFrame) -> list[Panel]:
     ]
     panels = [Panel("Validation, text to image, percent", metrics, chosen_step(validation))]
     for title, columns in _LOG_PANELS.items():
-        lines = [series(log, column, label, noisy=True) for column, label in columns.items()]
+        lines = [series(log, column, label, noisy=True) for column, label in columns.items() if column in log]
         panels.append(Panel(title, lines))
     kept = [panel._replace(series=[line for line in panel.series if line.steps]) for panel in panels]
     return [panel for panel in kept if panel.series]

@@ -63,14 +63,13 @@ def read_run(folder: Path) -> RunFiles:
             "Give a folder such as runs/NAME, or make one with aga train or aga eval.",
         )
     config = record["config"] if record else read_toml(stored)
-    none = pd.DataFrame()
     return RunFiles(
         folder,
         folder.resolve().name,
         record,
         dict(_flat(config)),
-        _read_table(folder / "metrics.csv", METRIC_COLUMNS[:3], METRIC_COLUMNS[3:]) if record else none,
-        _read_table(folder / "queries.csv", _QUERY_TEXTS, _QUERY_NUMBERS) if record else none,
+        _read_result(folder / "metrics.csv", METRIC_COLUMNS[:3], METRIC_COLUMNS[3:], ("value",), record),
+        _read_result(folder / "queries.csv", _QUERY_TEXTS, _QUERY_NUMBERS, _QUERY_NUMBERS, record),
         _read_log(folder / "train_log.csv", (), ("step",)),
         _read_log(folder / "validation.csv", ("stage",), _VALIDATION_NUMBERS),
     )
@@ -85,7 +84,21 @@ def _read_record(path: Path) -> dict[str, Any]:
     for key, kind in _RECORD.items():
         if not isinstance(record.get(key), kind):
             raise DataError(f"{path} lacks {key!r}", "Run aga eval again.")
+    if not all(isinstance(count, int) for count in record["counts"].values()):
+        raise DataError(f"{path} has counts that are no numbers", "Run aga eval again.")
     return record
+
+
+def _read_result(
+    path: Path, texts: tuple[str, ...], numbers: tuple[str, ...], finite: tuple[str, ...], record: dict[str, Any]
+) -> pd.DataFrame:
+    """A table of the evaluation, with rows and without gaps in `finite`; empty where nothing was evaluated yet."""
+    if not record:
+        return pd.DataFrame(columns=[*texts, *numbers])
+    table = _read_table(path, texts, numbers)
+    if table.empty or not np.isfinite(table[list(finite)].astype(float)).all(axis=None):
+        raise DataError(f"{path} is broken: it has no rows, or gaps", "Run aga eval again.")
+    return table
 
 
 def _read_log(path: Path, texts: tuple[str, ...], numbers: tuple[str, ...]) -> pd.DataFrame:

@@ -271,8 +271,7 @@ class Trainer:
         self.start_batches(micro_steps)
         self._validate_if_due()
         started, first = time.monotonic(), self.step
-        with console.progress("training", self.total_steps) as task:
-            task.advance(self.step)
+        with console.progress("training", self.total_steps, self.step) as task:
             while self.step < self.total_steps:
                 row = self.run_step()
                 self.log.add(row)

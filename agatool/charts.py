@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from agatool.page import Markup, join, tag
-from agatool.report import Panel, smoothed
+from agatool.report import LARGEST_DRAWN, Panel, smoothed
 
 COLOURS = 8  # classes k0 to k7 of the style sheet
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 360, 220, 46, 8, 36
@@ -20,8 +20,9 @@ class _Axes:
     """Data coordinates to those of the drawing, with round ticks."""
 
     def __init__(self, x: tuple[float, float], y: tuple[float, float]) -> None:
-        if y[1] - y[0] < 1e-6 * max(1.0, abs(y[1])):  # a constant still wants round ticks around it
-            y = (y[0] - 0.5, y[1] + 0.5)
+        if y[1] - y[0] <= 1e-9 * abs(y[1]):  # a constant still wants ticks around it
+            around = 0.1 * abs(y[1]) or 1.0
+            y = (y[0] - around, y[1] + around)
         self.x_ticks = MaxNLocator(5).tick_values(*x)
         self.y_ticks = MaxNLocator(5).tick_values(*y)
         self._x = (x[0], max(x[1], x[0] + 1e-12))
@@ -99,10 +100,10 @@ def line_chart(panel: Panel) -> Markup:
 
 def histogram(title: str, groups: dict[str, np.ndarray]) -> Markup:
     """The distributions of a score in several groups, each scaled to its own size; empty groups are left out."""
-    values = {name: group[np.isfinite(group)] for name, group in groups.items()}
+    values = {name: group[np.abs(group) < LARGEST_DRAWN] for name, group in groups.items()}
     everything = np.concatenate(list(values.values()))
     low, high = float(everything.min()), float(everything.max())
-    edges = np.linspace(low, high if high > low else low + 1e-6, _BINS + 1)
+    edges = np.linspace(low, high if high > low else low + 1e-3 * (abs(low) or 1.0), _BINS + 1)
     shares = {name: 100 * np.histogram(group, edges)[0] / max(1, len(group)) for name, group in values.items()}
     axes = _Axes((edges[0], edges[-1]), (0.0, max(float(share.max()) for share in shares.values())))
     parts, legend = [axes.draw("score; height: percent of the group")], []

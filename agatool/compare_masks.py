@@ -45,6 +45,7 @@ BATCH = 32  # captions; their images' keys and values are held at once
 MOST = 30  # words a strategy listed in most_masked.csv
 SHOWN = 12  # captions of the page
 _TOP = 5
+_MEASURES = ("content", "visible", "image_gain")
 
 
 @dataclass(frozen=True)
@@ -302,15 +303,15 @@ def against_random(comparison: Comparison) -> pd.DataFrame:
     """against_random.csv: strategy, measure, ratio to random, difference with 95 % interval, p; paired by caption."""
     words = described(comparison)
     words["image_gain"] = words["ce_other_image"] - words["ce_image"]
-    measures = ["content", "visible", "image_gain"] if words["visible"].notna().any() else ["content", "image_gain"]
-    means = words.groupby(["strategy", "caption_id"])[measures].mean()
-    random, rows = means.loc["random"], []
+    whole = words.groupby("strategy")[list(_MEASURES)].mean()
+    by_caption = words.groupby(["strategy", "caption_id"])[list(_MEASURES)].mean().astype(float)
+    rows = []
     for strategy in STRATEGIES[1:]:
-        for measure in measures:
-            pairs = (random[measure].to_numpy(float), means.loc[strategy][measure].to_numpy(float))
-            whole = words.groupby("strategy")[measure].mean()
-            test = paired_test(*pairs)
-            rows.append((strategy, measure, whole[strategy] / whole["random"], *test))
+        for measure in _MEASURES:
+            pairs = by_caption[measure].unstack("strategy")[["random", strategy]].dropna().to_numpy()
+            if len(pairs):  # no truth: nothing is known to be visible
+                ratio = whole.loc[strategy, measure] / whole.loc["random", measure]
+                rows.append((strategy, measure, ratio, *paired_test(pairs[:, 0], pairs[:, 1])))
     return pd.DataFrame(rows, columns=["strategy", "measure", "ratio", "difference", "low", "high", "p"])
 
 

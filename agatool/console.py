@@ -16,12 +16,15 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Task as BarTask
 from rich.table import Table
+from rich.text import Text
 
 LOG_EVERY_SECONDS = 10.0
 PIPE_WIDTH = 240  # columns where there is no terminal
@@ -117,6 +120,13 @@ class Task:
             info(f"{label}: {self.done}{of} ({rate:.1f}/s{left})")
 
 
+class _Rate(ProgressColumn):
+    """Units a second."""
+
+    def render(self, task: BarTask) -> Text:
+        return Text(f"{task.speed:.1f}/s" if task.speed else "")
+
+
 @contextmanager
 def progress(description: str, total: int | None = None, done: int = 0) -> Iterator[Task]:
     """Show progress on stderr while the block runs: a bar on a terminal, plain lines otherwise.
@@ -131,6 +141,7 @@ def progress(description: str, total: int | None = None, done: int = 0) -> Itera
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        _Rate(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )

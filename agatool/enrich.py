@@ -81,14 +81,18 @@ def enrich(
     truth: Path | None = None,
     device: str = "auto",
     overwrite: bool = False,
+    strict: bool = False,
 ) -> Enriched:
     """Enrich the captions of `file` into the folder `out`, or continue an interrupted run of the same job there.
 
     `image_root` is where the image paths start; left out, it is found beside the file. `truth` is the
-    truth/captions.csv of a rendered data set. Raises DataError for a file that cannot be read, UsageError where `out`
-    holds something else, CheckpointError for a model that cannot predict words.
+    truth/captions.csv of a rendered data set. Raises DataError for a file that cannot be read and, when all is
+    written, for captions that had to stay as they were if `strict`; UsageError where `out` holds something else;
+    CheckpointError for a model that cannot predict words.
     """
     source = open_captions(file)
+    if image_root and not image_root.is_dir():
+        raise DataError(f"{image_root} is not a folder", "Check --image-root.")
     place = pick_device(device)
     answers = Truth(truth) if truth else None
     model = load(checkpoint).to(place)
@@ -98,7 +102,7 @@ def enrich(
     survey = _claim(out, job, file, overwrite)
     if survey and (out / SUMMARY).is_file():
         console.info(f"{out} is finished already.")
-        return _finished(out)
+        return _finished(out, strict)
     with memory_errors("Use a smaller --batch-size."):
         if survey is None:
             survey = _survey(source, model, config, image_root)
@@ -106,7 +110,8 @@ def enrich(
         words = usual_words(model.tokenizer) | set(survey.words)
         enricher = Enricher(model, config, words, use_bf16(place, "auto"))
         _Run(source, enricher, Path(survey.image_root), answers, out / PARTS).finish(survey)
-    return _assemble(source, out, config.text_only)
+    _assemble(source, out, config.text_only)
+    return _finished(out, strict)
 
 
 def default_out(file: Path) -> Path:
@@ -235,7 +240,7 @@ class _Run:
         if done:
             console.info(f"Continuing: {caption:,} of {survey.captions:,} captions are done.")
         try:
-            with console.progress("Enriching captions", survey.captions - caption) as task:
+            with console.progress("Enriching captions", survey.captions, caption) as task:
                 for number, chunk in enumerate(_chunks(self.source.records())):
                     if number >= done:
                         part = self._chunk(number * CHUNK, chunk, caption)
@@ -408,7 +413,7 @@ def _parts(parts: Path) -> Iterator[Path]:
         number += 1
 
 
-def _assemble(source: CaptionFile, out: Path, text_only: bool) -> Enriched:
+def _assemble(source: CaptionFile, out: Path, text_only: bool) -> None:
     """Put the parts together; summary.csv comes last and says that all is there."""
     parts = out / PARTS
     _join(out / source.path.name, source.head, source.separator, source.tail, parts, "captions")
@@ -421,7 +426,6 @@ def _assemble(source: CaptionFile, out: Path, text_only: bool) -> Enriched:
     table = pd.DataFrame({"figure": list(summary), "value": pd.Series(list(summary.values()), dtype=object)})
     write_csv(out / SUMMARY, table)
     shutil.rmtree(parts, ignore_errors=True)
-    return _finished(out)
 
 
 def _join(path: Path, head: str, separator: str, tail: str, parts: Path, key: str) -> None:
@@ -448,12 +452,27 @@ def _summary(sums: dict[str, float], text_only: bool) -> dict[str, float]:
     return found | {name: sums[part] / sums[whole] for name, part, whole in shares if sums[whole]}
 
 
-def _finished(out: Path) -> Enriched:
-    """What stands in a finished folder."""
+def _finished(out: Path, strict: bool) -> Enriched:
+    """What stands in a finished folder; says what stayed as it was."""
     try:
         table = pd.read_csv(out / SUMMARY, dtype=str)
         values = dict(zip(table["figure"], table["value"], strict=True))
         summary = {name: float(text) if "." in text else int(text) for name, text in values.items()}
-        return Enriched(out, summary, int(summary["kept"]))
+        kept = pd.read_csv(out / KEPT, dtype=str)
+        first = "" if kept.empty else f"record {kept['record'][0]}: {kept['reason'][0]}"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{out / SUMMARY} is damaged", "Add --overwrite to start again.") from error
+        raise DataError(f"{out / SUMMARY} or {KEPT} is damaged", "Add --overwrite to start again.") from error
+    if len(kept):
+        message = f"{len(kept):,} captions or records stay as they were ({first}); {out / KEPT} lists them"
+        if strict:
+            raise DataError(message, "Correct them, give --image-root or --text-only, or leave out --strict.")
+        console.warn(message)
+    return Enriched(out, summary, len(kept))
+
+
+def summary_rows(summary: Mapping[str, float]) -> list[list[str]]:
+    """The summary for a terminal."""
+    return [
+        [name.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.4f}"]
+        for name, value in summary.items()
+    ]

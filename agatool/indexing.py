@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,6 +30,7 @@ from agatool.data.prepare import load_prepared
 from agatool.encoding import encode_batch, finite, in_order, inference
 from agatool.errors import CheckpointError, DataError, DiskError, StoppedError
 from agatool.files import atomic_file, atomic_folder, contained, recover_folder, write_json
+from agatool.hint import made_up_scores
 from agatool.index import (
     COLUMNS,
     FILES,
@@ -44,7 +46,6 @@ from agatool.index import (
 from agatool.model import PersonSearchModel
 from agatool.report import write_csv
 from agatool.runs import find_model
-from agatool.hint import made_up_scores
 from agatool.train import StopFlag, memory_errors, pick_device, use_bf16
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
@@ -202,9 +203,7 @@ def _only_writer(folder: Path) -> Iterator[Path]:
     try:
         descriptor = _lock(work)
     except BlockingIOError as error:
-        raise DataError(
-            f"Another aga is writing {folder}", "Wait until it is done, or choose another --out."
-        ) from error
+        raise DataError(f"Another aga is writing {folder}", "Wait until it is done.") from error
     except OSError as error:
         raise DiskError(f"Cannot write {work}: {error.strerror}", "Choose another --out.") from error
     try:
@@ -239,9 +238,7 @@ def _former(folder: Path) -> Index | None:
         raise DataError(f"{folder} is a file", "Choose another --out.")
     others = sorted(set(os.listdir(folder)) - set(FILES)) if folder.is_dir() else []
     if others:  # an index is replaced as a whole
-        raise DataError(
-            f"{folder} holds something else than an index: {others[0]}", "Choose another --out, or move it."
-        )
+        raise DataError(f"{folder} holds something else than an index: {others[0]}", "Choose another --out.")
     if not is_index(folder):
         return None
     try:
@@ -337,14 +334,14 @@ class _Job:
     def _table(self) -> pd.DataFrame:
         """images.csv of what is there now, before anything is decoded; contents are read only where they may be new."""
         now = time.time_ns()
-        known: dict[str, tuple[str, int, int]] = {}
+        known: dict[str, list[Any]] = {}  # path -> sha256, size, mtime_ns
         if self.former and self.former.root == self.gallery.root:
             images = self.former.images
             known = dict(
                 zip(images["path"], zip(*(images[key] for key in list(COLUMNS)[1:]), strict=True), strict=True)
             )
-        looked = {name: (status.st_size, status.st_mtime_ns) for name, status in self.gallery.files.items()}
-        hashes = {name: known[name][0] for name, seen in looked.items() if known.get(name, ())[1:] == seen}
+        looked = {name: [status.st_size, status.st_mtime_ns] for name, status in self.gallery.files.items()}
+        hashes = {name: known[name][0] for name, seen in looked.items() if name in known and known[name][1:] == seen}
         fresh = [name for name in looked if name not in hashes]
         with console.progress("Reading images", len(fresh)) as task:
             for name, found in zip(fresh, in_order(self._read, fresh, _WORKERS, 4 * _WORKERS), strict=True):

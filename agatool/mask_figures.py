@@ -194,7 +194,5 @@ def ablation_png(path: Path, table: pd.DataFrame, by_seed: pd.DataFrame) -> None
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
-    figure.supxlabel(
-        "point and line: mean over seeds with its 95 % interval over queries; ticks: seeds", fontsize=8
-    )
+    figure.supxlabel("point and line: mean over seeds with its 95 % interval over queries; ticks: seeds", fontsize=8)
     save_figure(path, figure)

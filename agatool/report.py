@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
-import numpy as np
 import pandas as pd
 
 from agatool import __version__
@@ -25,6 +24,7 @@ METRIC_COLUMNS = ("direction", "stage", "metric", "value", "low", "high")
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
 PACKAGES = ("torch", "timm", "transformers", "numpy")
 EVALUATION_FORMAT = 1
+LARGEST_DRAWN = 1e30  # charts leave out what is larger, or no number
 _SAME_DATA = ("images.csv", "captions.csv")  # tables whose hashes say that two evaluations saw the same data
 
 
@@ -121,7 +121,7 @@ _LOG_PANELS = {
 def series(table: pd.DataFrame, column: str, label: str, noisy: bool = False) -> Series:
     """A column of a log over its steps, without the gaps."""
     known = table[["step", column]].astype(float)
-    known = known[np.isfinite(known).all(axis=1)]
+    known = known[(known.abs() < LARGEST_DRAWN).all(axis=1)]
     return Series(label, known["step"].tolist(), known[column].tolist(), noisy)
 
 

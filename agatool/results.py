@@ -84,7 +84,7 @@ def _sheet(index: Index, answer: Answer) -> page.Markup:
     tiles = [_tile(index, hit) for hit in answer.hits]
     return page.tag(
         "section",
-        page.tag("h4", str(answer.query)),
+        page.tag("h3", str(answer.query)),
         page.tag("p", note, class_="note") if note else "",
         page.tag("ol", *tiles, class_="tiles"),
         class_="sheet",
@@ -93,34 +93,42 @@ def _sheet(index: Index, answer: Answer) -> page.Markup:
 
 def _tile(index: Index, hit: Hit) -> page.Markup:
     image = page.tag("img", src=page.thumbnail(index.path(hit.row)), alt=hit.name, title=hit.name)
-    scores = [f" cosine {hit.cosine:.3f}"] + ([f", match {_match(hit)}"] if hit.match is not None else [])
-    return page.tag("li", page.tag("div", image, class_="frame"), page.tag("b", f"{hit.rank}"), *scores, class_="tile")
+    return page.tag(
+        "li",
+        page.tag("div", image, class_="frame"),
+        page.tag("b", f"{hit.rank}"),
+        page.tag("div", f"cosine {hit.cosine:.3f}"),
+        page.tag("div", f"match {_match(hit)}") if hit.match is not None else "",
+        class_="tile",
+    )
 
 
 def write_sheet(path: Path, index: Index, answers: Sequence[Answer]) -> None:
     """A contact sheet as PNG (or PDF, SVG: by the suffix): each query above its images with their scores."""
     if len(answers) > SHEET_QUERIES:
         raise UsageError(f"A sheet of {len(answers)} queries is too long to look at", "Use --html or --csv.")
-    blocks = [max(1, -(-len(answer.hits) // _ACROSS)) for answer in answers]
     wide, tall = _TILE[0], _TILE[1] + 0.32
-    heights = [0.55 + rows * tall for rows in blocks]
+    heads = [0.55 if explained(answer) else 0.36 for answer in answers]
+    heights = [head + tall * -(-len(answer.hits) // _ACROSS) for head, answer in zip(heads, answers, strict=True)]
     width, height = _ACROSS * wide + 0.3, sum(heights) + 0.1
     figure = plt.figure(figsize=(width, height), facecolor="white")
+
+    def write(x: float, y: float, text: str, **style: Any) -> None:
+        figure.text(x / width, y / height, text, **style)
+
     top = height - 0.05
-    for answer, block in zip(answers, heights, strict=True):
-        figure.text(0.15 / width, (top - 0.22) / height, _shortened(str(answer.query)), fontsize=10, weight="bold")
-        if note := explained(answer):
-            figure.text(0.15 / width, (top - 0.42) / height, note, fontsize=8, color=_NOTE_COLOUR)
+    for answer, head, block in zip(answers, heads, heights, strict=True):
+        write(0.15, top - 0.22, _shortened(str(answer.query)), fontsize=10, weight="bold")
+        write(0.15, top - 0.42, explained(answer), fontsize=8, color=_NOTE_COLOUR)
         for number, hit in enumerate(answer.hits):
             row, column = divmod(number, _ACROSS)
-            left, bottom = 0.15 + column * wide, top - 0.5 - (row + 1) * tall + 0.32
+            left, bottom = 0.15 + column * wide, top - head - row * tall - _TILE[1]
             axis = figure.add_axes(((left + 0.03) / width, bottom / height, (wide - 0.06) / width, _TILE[1] / height))
             axis.imshow(np.asarray(decode_image(index.path(hit.row))))
             axis.set_anchor("S")
             axis.axis("off")
             label = f"{hit.rank}   {hit.cosine:.3f}" + (f"\nmatch {_match(hit)}" if hit.match is not None else "")
-            figure.text((left + wide / 2) / width, (bottom - 0.03) / height, label, fontsize=7, color=_MUTED,
-                        ha="center", va="top")  # fmt: skip
+            write(left + wide / 2, bottom - 0.03, label, fontsize=7, color=_MUTED, ha="center", va="top")
         top -= block
     save_figure(path, figure)
 

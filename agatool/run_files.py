@@ -84,8 +84,9 @@ def _read_record(path: Path) -> dict[str, Any]:
     for key, kind in _RECORD.items():
         if not isinstance(record.get(key), kind):
             raise DataError(f"{path} lacks {key!r}", "Run aga eval again.")
-    if not all(isinstance(count, int) for count in record["counts"].values()):
-        raise DataError(f"{path} has counts that are no numbers", "Run aga eval again.")
+    for key, inner in {"counts": int, "environment": str, "files": str}.items():
+        if not all(isinstance(value, inner) for value in record[key].values()):
+            raise DataError(f"{path} has a broken {key!r}", "Run aga eval again.")
     return record
 
 
@@ -114,7 +115,7 @@ def _read_table(path: Path, texts: tuple[str, ...], numbers: tuple[str, ...]) ->
         if missing:
             raise ValueError(f"no column {missing[0]!r}")
         others = [column for column in table if column not in texts]
-        return table.assign(**{column: pd.to_numeric(table[column].replace("", None)) for column in others})
+        return table.assign(**{column: pd.to_numeric(table[column].where(table[column] != "")) for column in others})
     except (OSError, ValueError, OverflowError) as error:
         raise DataError(f"{path} is broken: {error}", "Run aga eval again.") from error
 
@@ -126,16 +127,18 @@ def _flat(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         key, value = waiting.pop()
         if isinstance(value, dict):
             waiting += [(f"{key}.{inner}", content) for inner, content in reversed(value.items())]
+        elif isinstance(value, list) and any(isinstance(item, list | dict) for item in value):
+            raise DataError(f"Configuration key {key[:80]} holds lists of lists", "Run aga eval again.")
         else:
             yield key, value
 
 
 def numbers(cell: str) -> list[float]:
     """A list of numbers out of a cell of queries.csv. Raises DataError."""
-    values = _list(cell)
-    if not all(isinstance(value, int | float) for value in values):
-        raise DataError(f"queries.csv is broken: {cell[:80]!r} is not a list of numbers", "Run aga eval again.")
-    return [float(value) if math.isfinite(value) else math.nan for value in values]
+    try:
+        return [float(value) if math.isfinite(value) else math.nan for value in _list(cell)]
+    except (TypeError, OverflowError) as error:
+        raise _broken(cell) from error
 
 
 def texts(cell: str) -> list[str]:
@@ -147,10 +150,14 @@ def _list(cell: str) -> list[Any]:
     try:
         values = json.loads(cell)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"queries.csv is broken: {cell[:80]!r} is not a list", "Run aga eval again.") from error
+        raise _broken(cell) from error
     if not isinstance(values, list):
-        raise DataError(f"queries.csv is broken: {cell[:80]!r} is not a list", "Run aga eval again.")
+        raise _broken(cell)
     return values
+
+
+def _broken(cell: str) -> DataError:
+    return DataError(f"queries.csv is broken: {cell[:80]!r} is not such a list", "Run aga eval again.")
 
 
 def scores(queries: pd.DataFrame, column: str) -> dict[str, np.ndarray]:

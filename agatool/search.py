@@ -118,14 +118,12 @@ class Searcher:
             for number, query in enumerate(queries):
                 if query.image is not None:
                     total[number] += images[paths.index(query.image)]
-        texts = (
-            encode_texts(self.model, self.model.tokenizer, captions, self.batch_size, self.bf16) if captions else None
-        )
-        text_of: list[int | None] = []
-        for number, query in enumerate(queries):
-            place = sum(given is not None for given in text_of)
-            text_of.append(place if query.text is not None else None)
-            if texts is not None and query.text is not None:
+        texts = None
+        text_of: list[int | None] = [None] * len(queries)
+        if captions:
+            texts = encode_texts(self.model, self.model.tokenizer, captions, self.batch_size, self.bf16)
+            for place, number in enumerate(number for number, query in enumerate(queries) if query.text is not None):
+                text_of[number] = place
                 total[number] += texts.features[place]
         return F.normalize(total, dim=1), texts, text_of
 

@@ -72,7 +72,9 @@ def test_a_folder_by_any_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_half_precision_weights_become_float(folder: Path) -> None:
-    edit_weights(folder, lambda tensors: tensors.update({n: t.half() for n, t in tensors.items() if t.is_floating_point()}))
+    edit_weights(
+        folder, lambda tensors: tensors.update({n: t.half() for n, t in tensors.items() if t.is_floating_point()})
+    )
     assert {p.dtype for p in load(folder).parameters()} == {torch.float32}
 
 

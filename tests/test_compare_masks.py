@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,12 @@ import torch
 from torch import Tensor
 
 from agatool import ablation, compare_masks
-from agatool.ablation import ARMS, Values, ablation_table, arm_config, arm_folder, run_ablation, seed_table, train_arms
+from agatool.ablation import ARMS, Arm, Values, ablation_table, arm_config, arm_folder, run_ablation, seed_table, train_arms
 from agatool.checkpoint import save_model
 from agatool.compare_masks import MASKS_COLUMNS, STRATEGIES, Comparison, compare, described, mask_table, masking_of
 from agatool.config import MaskingConfig, ModelConfig, RunConfig, build_config
 from agatool.data.images import decode_image, eval_transform, to_tensor
-from agatool.data.prepare import Prepared, load_prepared, prepare_sample, sample_spec
+from agatool.data.prepare import Prepared, prepare_sample, sample_spec
 from agatool.data.word_classes import CLASSES, FUNCTION, named, read_truth, usual_class
 from agatool.errors import DataError, UsageError
 from agatool.model import PersonSearchModel
@@ -31,9 +32,8 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    folder = tmp_path_factory.mktemp("data") / "sample"
-    return prepare_sample(folder, sample_spec(12, images=2))
+def prepared(sample: Prepared) -> Prepared:
+    return sample
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,8 @@ def fill_in_again(model: PersonSearchModel, comparison: Comparison, path: Path |
     caption_id = chosen["caption_id"].iloc[0]
     caption = comparison.captions.set_index("caption_id").loc[caption_id, "caption"]
     code = model.tokenizer.encode([caption])[0]
-    hidden = [model.tokenizer.mask_id if w in set(chosen["word"]) else i for i, w in zip(code.ids, code.word_of)]
+    words, mask = set(chosen["word"]), model.tokenizer.mask_id
+    hidden = [mask if word in words else token for token, word in zip(code.ids, code.word_of, strict=True)]
     height, width = model.config.image_size
     image = torch.zeros(1, 3, height, width)
     if path is not None:
@@ -215,7 +216,11 @@ def test_without_truth(model: PersonSearchModel, prepared: Prepared, tmp_path: P
 def test_a_broken_truth_is_a_data_error(prepared: Prepared, tmp_path: Path) -> None:
     broken = Prepared(**{**vars(prepared), "image_root": tmp_path / "imgs"})
     (tmp_path / "truth").mkdir()
-    for text in ("", "img_path,start\nx,1\n", "img_path,caption_index,start,end,text,part,attribute,wrong\na,b,c,d,e,f,g,h"):
+    for text in (
+        "",
+        "img_path,start\nx,1\n",
+        "img_path,caption_index,start,end,text,part,attribute,wrong\na,b,c,d,e,f,g,h",
+    ):
         (tmp_path / "truth" / "captions.csv").write_text(text)
         with pytest.raises(DataError, match="broken"):
             read_truth(broken)
@@ -293,37 +298,42 @@ def test_arms_differ_in_masking_and_tem_alone() -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
+def two_arms() -> Iterator[tuple[Arm, ...]]:
+    """Only as many arms as it takes to compare them: each one trains."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ablation, "ARMS", (ARMS[0], ARMS[3]))
+        yield ablation.ARMS
+
+
+@pytest.fixture(scope="module")
+def trained(
+    prepared: Prepared,
+    tiny_config: Callable[..., RunConfig],
+    tmp_path_factory: pytest.TempPathFactory,
+    two_arms: tuple[Arm, ...],
+) -> tuple[RunConfig, Path]:
     """Arms trained for two steps each, one seed."""
     out = tmp_path_factory.mktemp("ablation")
-    base = build_config(
-        {
-            "data": {"dir": str(prepared.folder)},
-            "model": TINY,
-            "objective": {"queue_size": 8},
-            "train": {"max_steps": 2, "batch_size": 4, "init": "scratch"},
-            "eval": {"rerank": 2, "bootstrap": 10},
-        }
-    )
+    base = tiny_config("train.max_steps=2")
     run_ablation(base, prepared, out, 1)
     return base, out
 
 
-def test_ablation_files(trained: tuple[RunConfig, Path], prepared: Prepared) -> None:
+def test_ablation_files(trained: tuple[RunConfig, Path], two_arms: tuple[Arm, ...]) -> None:
     _, out = trained
     table = pd.read_csv(out / "ablation.csv")
-    assert table["arm"].unique().tolist() == [arm.name for arm in ARMS]
-    own = pd.read_csv(arm_folder(out, ARMS[2], 0) / "metrics.csv")
+    assert table["arm"].unique().tolist() == [arm.name for arm in two_arms]
+    own = pd.read_csv(arm_folder(out, two_arms[1], 0) / "metrics.csv")
     own = own[own["stage"] == "reranked"].set_index(["direction", "metric"])["value"]
-    mine = table[table["arm"] == "attention"].set_index(["direction", "metric"])["value"]
+    mine = table[table["arm"] == "attention+tem"].set_index(["direction", "metric"])["value"]
     assert np.allclose(mine.sort_index(), own.sort_index(), atol=1e-3)
     assert (out / "ablation.png").stat().st_size > 1000
-    assert len(ablation.ablation_rows(table)[1]) == len(ARMS)
+    assert len(ablation.ablation_rows(table)[1]) == len(two_arms)
 
 
 def test_finished_arms_stay_and_interrupted_ones_resume(trained: tuple[RunConfig, Path], prepared: Prepared) -> None:
     base, out = trained
-    folders = [arm_folder(out, arm, 0) for arm in ARMS]
+    folders = [arm_folder(out, arm, 0) for arm in ablation.ARMS]
     before = {file: file.stat().st_mtime_ns for folder in folders for file in folder.rglob("*")}
     record = folders[1] / "evaluation.json"
     queries = (folders[1] / "queries.csv").read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,6 @@ def test_what_a_preset_sets_can_be_taken_back(preset: str, tmp_path: Path) -> No
 def test_any_values_round_trip(lr: float, ratio: float, text: str, size: tuple[int, int], flag: bool) -> None:
     changes = {"train": {"lr": lr}, "masking": {"ratio": ratio}, "data": {"dir": text, "cache": flag}}
     config = build_config({**changes, "model": {"image_size": list(size)}})
-    import tomllib
-
     assert build_config(tomllib.loads(to_toml(config))) == config
 
 
@@ -154,7 +153,7 @@ def test_an_override_of_the_wrong_form(override: str) -> None:
 @pytest.mark.parametrize(
     ("text", "value"),
     [("1", 1), ("1e-3", 0.001), ("true", True), ("[1,2]", [1, 2]), ("'a=b'", "a=b"), ("a b", "a b"), ("=", "="),
-     ("1\n[train]", "1\n[train]"), ("[" * 100_000, "[" * 100_000), ("9" * 5000, "9" * 5000)],
+     ("[" * 100_000, "[" * 100_000), ("9" * 5000, "9" * 5000)],
 )  # fmt: skip
 def test_override_values(text: str, value: Any) -> None:
     parsed = parse_override(f" data.dir = {text}")

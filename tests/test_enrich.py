@@ -340,13 +340,13 @@ from pathlib import Path
 import agatool.enrich
 from agatool.enriching import EnrichConfig
 torch.set_num_threads(1)
-agatool.enrich.CHUNK = 2
+agatool.enrich.CHUNK = 1
 agatool.enrich.enrich(*map(Path, sys.argv[1:]), EnrichConfig(min_probability=0, ratio=0.5))
 """
 
 
 def test_killed_and_continued_gives_the_same_bytes(checkpoint, sample, tmp_path, monkeypatch):
-    monkeypatch.setattr(agatool.enrich, "CHUNK", 2)
+    monkeypatch.setattr(agatool.enrich, "CHUNK", 1)
     enrich(checkpoint, sample, tmp_path / "whole", ALL)
     out = tmp_path / "killed"
     run = subprocess.Popen([sys.executable, "-c", SCRIPT, checkpoint, sample, out], stderr=subprocess.DEVNULL)

@@ -308,6 +308,7 @@ def test_cosine_alone(tmp_path: Path, data: Prepared) -> None:
         ("evaluation.json", "[]"),
         ("evaluation.json", '{"format": 1}'),
         ("evaluation.json", "{" * 99),
+        ("evaluation.json", "[" * 100_000),
         ("metrics.csv", ""),
         ("metrics.csv", "direction,stage,metric,value,low,high\n"),
         ("queries.csv", "a,b\n1,2\n"),
@@ -322,7 +323,7 @@ def test_broken_files_are_named(tmp_path: Path, data: Prepared, name: str, conte
         write_report(folder)
 
 
-@pytest.mark.parametrize("cell", ["[1, 2", "{}", '["<b>"]', "[" * 50_000, "[NaN, 1e999]"])
+@pytest.mark.parametrize("cell", ["[1, 2", "{}", '["<b>"]', "[" * 50_000, "[1" + "0" * 400 + "]", "[NaN, 1e999]"])
 def test_hostile_cells(tmp_path: Path, data: Prepared, cell: str) -> None:
     folder = evaluated(tmp_path / "run", data)
     edited(folder, top_cosine=cell)
@@ -370,9 +371,13 @@ def test_charts_survive_odd_values() -> None:
     assert "&lt;x&gt; 2" in drawn
     long = charts.line_chart(curve_panels(training_log(100_000), validation_log())[1])
     assert len(long) < 60_000
-    same = charts.histogram("s", {"match": np.array([0.5]), "other person": np.array([])})
+    same = charts.histogram("s", {"match": np.array([0.5, 1e300, np.nan]), "other person": np.array([])})
     assert "match: 1, median 0.5" in same
     assert "nan" not in same
+    for value in (0.0, 1e-8, 33.3, -1e29):
+        flat = charts.line_chart(report.Panel("flat", [report.Series("x", [1.0, 2.0], [value, value], True)]))
+        assert "nan" not in flat
+        assert len(set(re.findall(r'text-anchor="end">([^<]+)<', flat))) > 2  # ticks that differ
 
 
 # -- runs side by side --------------------------------------------------------------------------------------------

@@ -1,0 +1,130 @@
+"""kill -9 at any moment of a run: best/ and last/ are whole, and --resume ends in the same bytes."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agatool.checkpoint import checkpoints, load
+from agatool.config import RunConfig
+from agatool.data.prepare import Prepared
+from agatool.runs import is_model
+from agatool.train import run
+from tests.conftest import TINY, assert_same_run
+
+WRITES = ("open", "os.mkdir", "os.rename", "os.chmod", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
+CHANGING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+def die_at(moment: int, work: Callable[[], Any], folder: Path) -> bool:
+    """Do `work` in a child that is killed just before its write number `moment` below `folder`; whether it was."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal count
+            if event not in WRITES or not str(arguments[0]).startswith(str(folder)):
+                return
+            if event == "open" and not arguments[2] & CHANGING:
+                return
+            count += 1
+            if count == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            sys.addaudithook(hook)
+            work()
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def assert_nothing_broken(folder: Path) -> None:
+    """Every model and checkpoint that is there can be opened."""
+    for name in ("best", "last"):
+        if is_model(folder / name):
+            load(folder / name)
+    for checkpoint in checkpoints(folder / "checkpoints"):
+        assert sorted(path.name for path in checkpoint.iterdir()) == [
+            "model.safetensors", "state.json", "trainer.safetensors",
+        ]  # fmt: skip
+
+
+def resume(config: RunConfig, sample: Prepared, folder: Path) -> None:
+    """What the user types after a kill: --resume, or the command anew where there is no run yet."""
+    run(config, sample, folder, resume=(folder / "config.toml").is_file())
+
+
+# The writes of a run are about 200; these meet its start, checkpoints, pruning, best/, last/ and the reports.
+@pytest.mark.parametrize("moment", [2, 9, 30, 47, 71, 98, 127, 163, 190])
+def test_killed_and_resumed(
+    sample: Prepared, tiny_config: Callable[..., RunConfig], tiny_run: Path, tmp_path: Path, moment: int
+) -> None:
+    folder = tmp_path / "run"
+    assert die_at(moment, lambda: run(tiny_config(), sample, folder), folder)
+    assert_nothing_broken(folder)
+    resume(tiny_config(), sample, folder)
+    assert_same_run(folder, tiny_run)
+    assert not list(folder.rglob("*agatool-*"))
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(
+    sample: Prepared, tiny_config: Callable[..., RunConfig], tiny_run: Path, tmp_path: Path
+) -> None:
+    """A machine that never lives long still finishes, at every third write of what is left."""
+    folder, moments = tmp_path / "run", random.Random(0)
+    for _ in range(40):
+        if not die_at(moments.randint(10, 45), lambda: resume(tiny_config(), sample, folder), folder):
+            break
+        assert_nothing_broken(folder)
+    resume(tiny_config(), sample, folder)
+    assert_same_run(folder, tiny_run)
+
+
+def test_killed_while_replacing_a_run(
+    sample: Prepared, tiny_config: Callable[..., RunConfig], tiny_run: Path, tmp_path: Path
+) -> None:
+    """--overwrite: what is left is a run folder that can be overwritten again."""
+    for moment in (1, 4, 12, 25):
+        folder = Path(shutil.copytree(tiny_run, tmp_path / f"run{moment}"))
+        assert die_at(moment, lambda: run(tiny_config(), sample, folder), folder)  # noqa: B023
+        assert (folder / "config.toml").is_file() or not any(folder.iterdir())
+    run(tiny_config(), sample, folder)
+    assert_same_run(folder, tiny_run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_real_process(sample: Prepared, tiny_run: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """The command itself, signalled from outside, at moments that nobody chose."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "agatool", "train", "--data", str(sample.folder), "--init", "scratch"]
+    command += [part for override in TINY for part in ("--set", override)] + ["--out", str(folder)]
+    for seconds in (0.05, 0.1, 0.3):
+        again = ["--resume"] if (folder / "config.toml").is_file() else []
+        process = subprocess.Popen(command + again, env=environment, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        said = next((line for line in process.stderr if line.startswith("Training")), "")  # waits until it does
+        time.sleep(seconds)
+        process.send_signal(number)
+        said += process.communicate()[1]
+        assert "Traceback" not in said
+        # Of itself or by the signal, in which case a shell says 128 + its number: 137, 130, 143.
+        assert process.returncode in (0, -number, 128 + number), said
+        assert ("everything is saved" in said) == (f"aga train --resume --out {folder}" in said)
+        assert_nothing_broken(folder)
+    subprocess.run([*command, "--resume"], env=environment, check=True, capture_output=True)
+    assert_same_run(folder, tiny_run)

@@ -217,8 +217,8 @@ def _fill_in(
     number_BU = chosen.units.flatten().cumsum(0).view_as(chosen.units) - 1
     slot_S = number_BU.gather(1, chosen.unit_of.clamp(min=0))[chosen.tokens].cpu()
     row_N = chosen.units.nonzero()[:, 0].cpu()
-    zeros_N = torch.zeros(len(row_N))
-    pieces_N = zeros_N.index_add(0, slot_S, torch.ones(len(slot_S)))
+    zeros_N = torch.zeros(len(row_N), dtype=torch.float64)
+    pieces_N = zeros_N.index_add(0, slot_S, torch.ones_like(slot_S, dtype=torch.float64))
     word_N = zeros_N.long().scatter(0, slot_S, batch.word_of[chosen.tokens].cpu())
     columns: dict[str, Any] = {
         "caption_id": caption_ids[row_N.numpy()],
@@ -228,12 +228,12 @@ def _fill_in(
     for name in IMAGES:
         fused = model.fuse(text_BLD, batch.mask, looking.projected, getattr(looking, name))
         logits_SV = finite(model.mlm(fused[chosen.tokens]).float()).cpu()
-        loss_S = F.cross_entropy(logits_SV, labels_S, reduction="none")
+        loss_S = F.cross_entropy(logits_SV, labels_S, reduction="none").double()
         columns[f"ce_{name}"] = zeros_N.index_add(0, slot_S, loss_S).numpy()
         if name == "image":
             rank_S = (logits_SV > logits_SV.gather(1, labels_S[:, None])).sum(1)
             for column, within in (("top1", 1), ("top5", _TOP)):  # a word is right when all its pieces are
-                right_N = zeros_N.index_add(0, slot_S, (rank_S < within).float())
+                right_N = zeros_N.index_add(0, slot_S, (rank_S < within).double())
                 columns[column] = (right_N == pieces_N).numpy()
             columns["guess"] = list(_guesses(model, logits_SV.argmax(1).tolist(), slot_S.tolist(), len(row_N)))
     return pd.DataFrame(columns)

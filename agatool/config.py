@@ -205,10 +205,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # What changes in a preset when nothing is pre-trained: longer, faster, and the cheap ITC alone at first.
 FROM_SCRATCH: dict[str, dict[str, Any]] = {
+    # A long warm-up: ITC after 400 steps was 2.9 at lr 1e-3 with 200 steps of it, 3.5 at 2e-3 with 50.
     "tiny": {
         "objective": {"itc_only": 0.5},
         "tem": {"warmup": 0.75},
-        "train": {"epochs": 8, "lr": 1e-3, "head_lr": 1e-3},
+        "train": {"epochs": 8, "lr": 8e-4, "head_lr": 8e-4, "warmup": 0.12},
     },
 }
 

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -29,20 +29,21 @@ from rich.text import Text
 LOG_EVERY_SECONDS = 10.0
 PIPE_WIDTH = 240  # columns where there is no terminal
 
-_out = Console(highlight=False, soft_wrap=True)
-_err = Console(stderr=True, highlight=False, soft_wrap=True)
-_quiet = False  # these three until `configure`
 
 
 def configure(quiet: bool = False) -> None:
-    """Set for the whole process whether messages and progress are shown; also binds the current std streams."""
+    """Set for the whole process whether messages and progress are shown."""
     global _out, _err, _quiet
-    _out, _err, _quiet = _on(sys.stdout), _on(sys.stderr), quiet
+    _out, _err, _quiet = _on(stderr=False), _on(stderr=True), quiet
 
 
-def _on(stream: TextIO) -> Console:
-    """A console on a stream; a file or pipe is as wide as its tables are, not as some terminal."""
-    return Console(file=stream, highlight=False, soft_wrap=True, width=None if stream.isatty() else PIPE_WIDTH)
+def _on(stderr: bool) -> Console:
+    """A console on whatever the stream is when it writes; a file or pipe is as wide as its tables are."""
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, width=None if terminal else PIPE_WIDTH)
+
+
+_out, _err, _quiet = _on(stderr=False), _on(stderr=True), False  # until `configure`
 
 
 def info(message: str) -> None:

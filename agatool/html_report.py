@@ -94,7 +94,8 @@ def _cards(metrics: pd.DataFrame) -> Markup:
 
 
 def _card(name: str, row: Any) -> Markup:
-    span = "no interval" if math.isnan(row.low) else f"95 % CI {row.low:.1f} to {row.high:.1f}"
+    # Spaces that do not break: on a narrow card the figures stay together.
+    span = "no interval" if math.isnan(row.low) else f"95\xa0% CI {row.low:.1f}\xa0to\xa0{row.high:.1f}"
     return tag(
         "div",
         tag("div", name, class_="name"),

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -334,13 +333,11 @@ class _Job:
     def _table(self) -> pd.DataFrame:
         """images.csv of what is there now, before anything is decoded; contents are read only where they may be new."""
         now = time.time_ns()
-        known: dict[str, list[Any]] = {}  # path -> sha256, size, mtime_ns
+        known: dict[str, tuple[str, int, int]] = {}  # path -> sha256, size, mtime_ns
         if self.former and self.former.root == self.gallery.root:
-            images = self.former.images
-            known = dict(
-                zip(images["path"], zip(*(images[key] for key in list(COLUMNS)[1:]), strict=True), strict=True)
-            )
-        looked = {name: [status.st_size, status.st_mtime_ns] for name, status in self.gallery.files.items()}
+            columns = (self.former.images[key] for key in COLUMNS)
+            known = {name: (key, size, mtime) for name, key, size, mtime in zip(*columns, strict=True)}
+        looked = {name: (status.st_size, status.st_mtime_ns) for name, status in self.gallery.files.items()}
         hashes = {name: known[name][0] for name, seen in looked.items() if name in known and known[name][1:] == seen}
         fresh = [name for name in looked if name not in hashes]
         with console.progress("Reading images", len(fresh)) as task:

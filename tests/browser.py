@@ -25,10 +25,11 @@ class Browser:
         assert CHROMIUM is not None
         requests, self._to = os.pipe()
         self._from, answers = os.pipe()
-        command = (
-            "exec 3<&{0} 4>&{1}; exec {2} --headless=new --no-sandbox --disable-gpu --remote-debugging-pipe "
-            "--disable-dev-shm-usage --no-first-run --disable-extensions --hide-scrollbars --user-data-dir='{3}' about:blank"
-        ).format(requests, answers, CHROMIUM, profile)
+        flags = (
+            "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --remote-debugging-pipe"
+        )
+        # The browser wants its pipe as descriptors 3 and 4.
+        command = f"exec 3<&{requests} 4>&{answers}; exec {CHROMIUM} {flags} --user-data-dir='{profile}' about:blank"
         self._process = subprocess.Popen(
             ["bash", "-c", command], pass_fds=(requests, answers), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

@@ -111,7 +111,7 @@ def test_conv_stem_wants_a_power_of_two(patch: int) -> None:
 
 
 def test_too_long_a_text_is_refused(model: PersonSearchModel) -> None:
-    with pytest.raises(ValueError, match="65 tokens.*64 positions"):
+    with pytest.raises(ValueError, match=r"65 tokens.*64 positions"):
         model.encode_text(torch.ones(1, 65).long(), torch.ones(1, 65))
 
 

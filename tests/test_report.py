@@ -111,7 +111,7 @@ class Reader(HTMLParser):
         self.tags.append((name, dict(attributes)))
 
     def handle_data(self, text: str) -> None:
-        self.text += text
+        self.text += text.replace("\xa0", " ")
 
     def all(self, name: str, class_: str = "") -> list[dict[str, str | None]]:
         """The attributes of every tag of a name and class."""

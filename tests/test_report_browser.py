@@ -97,7 +97,9 @@ def test_what_a_browser_shows(tmp_path: Path, shown_run: Path, dark: bool) -> No
         assert view["title"] == "run - agatool report"  # no script of the caption ran
         assert view["first"] == f"“{HOSTILE}”"
         assert view["heading"] == "run: sample, test"
-        assert re.fullmatch(r"R@1 cosine, text to image\s+[\d.]+ %\s+95 % CI [\d.]+ to [\d.]+", view["card"])
+        assert re.fullmatch(
+            r"R@1 cosine, text to image\s+[\d.]+ %\s+95 % CI [\d.]+ to [\d.]+", view["card"].replace("\xa0", " ")
+        )
         assert view["hits"] == len(source.all("li", "hit"))
         red, green, blue = (int(value) for value in re.findall(r"\d+", view["frame"])[:3])
         assert green > max(red, blue) + 30

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -119,7 +120,7 @@ def test_every_command_shows_examples_that_parse(command: str) -> None:
     examples = re.findall(rf"^\s*(aga {command}\b.*)$", group.commands[command].help or "", re.M)
     assert examples
     for line in examples:
-        words = line.split()[2:]
+        words = shlex.split(line, comments=True)[2:]
         group.commands[command].make_context(command, words)  # raises for an option that is not there
 
 
@@ -273,7 +274,6 @@ def test_no_data_says_where_to_get_it(here: Path, tiny_run: Path, command: str, 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--dataset", "imagenet"], "imagenet"),
         (["--config", "none.toml"], "Cannot read none.toml"),
         (["--config", "broken.toml"], "not valid TOML"),
         (["--set", "train.lrr=1"], "train.lrr: there is no such key"),
@@ -302,6 +302,14 @@ def test_wrong_words_to_train(here: Path, train: list[str], words: list[str], sa
     assert Path("full/thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("command", ["train", "prepare"])
+def test_an_unknown_data_set(here: Path, command: str) -> None:
+    said = refused(3, command, "--dataset", "imagenet")
+    assert "Unknown data set 'imagenet'" in said
+    assert all(name in said for name in DATASETS)
+    assert files(here) == set()
+
+
 def test_an_occupied_run_folder(here: Path, train: list[str], tiny_run: Path) -> None:
     shutil.copytree(tiny_run, here / "run")
     said = refused(2, *train, "--out", "run")
@@ -322,7 +330,7 @@ def test_an_occupied_run_folder(here: Path, train: list[str], tiny_run: Path) ->
         (["--checkpoint", "empty.pth"], 4, "empty.pth"),
         (["--split", "none"], 3, "no split 'none'"),
         (["--data", "nowhere", "--dataset", "rstpreid"], 3, "No prepared data set at nowhere"),
-        (["--dataset", "imagenet"], 2, "imagenet"),
+        (["--dataset", "imagenet"], 3, "Unknown data set 'imagenet'"),
         (["--device", "cuda"], 2, "no GPU"),
     ],
 )

@@ -1,70 +1,58 @@
-"""Where words look in an image: cross-attention and Grad-CAM maps, and `aga visualize-attention` made of them.
+"""Where words look in an image: cross-attention, Grad-CAM and occlusion maps of a pair's words.
 
 Shape suffixes: N texts given to the fusion layers, W words of a text (padded), L tokens, S fusion layers, h heads,
-P image tokens without [CLS], R rows and C columns of the patch grid (P = R * C), V vocabulary.
+P image tokens without [CLS], R rows and C columns of a map, T ways to hide a part of an image, Y and X pixels,
+V vocabulary.
 """
 
 from __future__ import annotations
 
-import re
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
-from agatool import console
 from agatool.config import MaskingConfig
-from agatool.data.annotations import clean_caption, parse_record, read_records
 from agatool.data.images import decode_image, eval_transform, to_tensor
-from agatool.data.prepare import Prepared
-from agatool.data.word_classes import NamedWord
 from agatool.encoding import finite, model_device
-from agatool.errors import DataError, UsageError
-from agatool.files import contained
-from agatool.heatmaps import PAIRS_A_SHEET, Panel, Picture, draw_pair, draw_sheet
-from agatool.localisation import Scores, Truth, read_masks, upsample, word_kind
+from agatool.errors import UsageError
 from agatool.masking import word_scores
 from agatool.model import AttentionMaps, PersonSearchModel
 from agatool.objective import class_attention, fillable_ids
-from agatool.report import write_csv
 from agatool.tokenization import CONTINUATION, Batch, Encoding, Span, Tokenizer
 
 Mode = Literal["words", "masked"]
-Method = Literal["attention", "gradcam"]
-Format = Literal["png", "pdf", "svg"]
+Method = Literal["attention", "gradcam", "occlusion"]
 MODES: tuple[Mode, ...] = ("words", "masked")
-METHODS: tuple[Method, ...] = ("attention", "gradcam")
+READ_OFF: tuple[Method, ...] = ("attention", "gradcam")  # the fusion layers' cross-attention
 
-SHOWN_WORDS = 6  # of a caption, where --words is left out
-PAIRS, MEASURED = 4, 500  # pairs drawn, captions measured, where --count is left out
+SHOWN_WORDS = 6  # of a caption, where none are asked for
 GUESSES = 5
 TEXTS = 64  # given to the fusion layers at once
-_MARKS = ("maps.csv", "localisation.csv")  # a folder that holds one of them is an earlier output of ours
+CELLS = 32  # an image is divided into about so many to hide parts of it, whatever the model's own grid
+_WINDOW = 2  # cells that are hidden together, down and across
 
-# What looks best on the sample data by `--measure` with the shipped weights (docs/attention.md): for each mode its
-# method and heads, and for each mode and method the layer, as a share of the fusion layers, since models differ in
-# how many they have.
-_BEST: dict[Mode, tuple[Method, str]] = {"words": ("attention", "mean"), "masked": ("attention", "mean")}
+# What points best on the val split of the sample data by `--measure`, with the shipped weights (docs/attention.md).
+_METHOD: dict[Mode, Method] = {"words": "occlusion", "masked": "occlusion"}
+# The layer of each mode and method, as a share of the fusion layers, since models differ in how many they have.
 _DEPTH: dict[tuple[Mode, Method], float] = {
     ("words", "attention"): 1.0,
     ("words", "gradcam"): 0.5,
     ("masked", "attention"): 1.0,
     ("masked", "gradcam"): 1.0,
 }
+_HEAD = "mean"
 
 
 @dataclass(frozen=True)
 class Look:
     """How to look: `layer` counts fusion layers from 1, `head` is mean, max or a head's number from 1.
 
-    What is None is chosen by `settled`.
+    What is None is chosen by `settled`; occlusion has neither layer nor head.
     """
 
     mode: Mode = "words"
@@ -75,8 +63,12 @@ class Look:
     def settled(self, model: PersonSearchModel) -> Look:
         """With every choice made and checked against the model. Raises UsageError."""
         layers, heads = model.config.fusion_layers, model.config.text_heads
-        method, head = self.method or _BEST[self.mode][0], self.head or _BEST[self.mode][1]
-        layer = self.layer or max(1, round(_DEPTH[self.mode, method] * layers))
+        method, head = self.method or _METHOD[self.mode], self.head or _HEAD
+        if method == "occlusion":
+            if self.layer is not None or self.head is not None:
+                raise UsageError("Occlusion has no --layer and no --head", "Add --method attention or gradcam.")
+            return replace(self, method=method)
+        layer = max(1, round(_DEPTH[self.mode, method] * layers)) if self.layer is None else self.layer
         if not 1 <= layer <= layers:
             raise UsageError(f"--layer {layer}, but the model has {layers} fusion layers", f"Give 1 to {layers}.")
         if head not in ("mean", "max") and not (head.isdecimal() and 1 <= int(head) <= heads):
@@ -164,6 +156,68 @@ def look_masked(
     return seen, finite(logits.detach().float())
 
 
+def look_occluded(model: PersonSearchModel, batch: Batch, pixels: Tensor, words_WL: Tensor) -> dict[Mode, Tensor]:
+    """Heat [W, R, C] of one caption's words in each mode: what hiding a part of its image [1, 3, Y, X] takes away.
+
+    Occlusion (Zeiler & Fergus 2014): windows of the image are painted in the mean colour, and a cell's heat is the
+    mean loss over the windows that cover it, cut at zero. What is lost: in masked mode, of the MLM logit of the word
+    that was there; in words mode, of what the word adds to the log-odds of a match, which are the whole caption's minus
+    those of the caption with the word masked.
+    """
+    hidden, covers_TRC = occluded(pixels)
+    ids = torch.cat([batch.ids, batch.ids.masked_fill(words_WL, model.tokenizer.mask_id)])
+    use_WT: dict[Mode, list[Tensor]] = {"words": [], "masked": []}
+    with torch.no_grad():
+        projected = model.project_image(model.encode_image(hidden).tokens)
+        mask = batch.mask.expand(len(hidden), -1)
+        texts = model.encode_text(ids, batch.mask.expand(len(ids), -1)).tokens[:, None].expand(-1, len(hidden), -1, -1)
+        whole = _log_odds(model, model.fuse(texts[0], mask, projected, cls_only=True))
+        for text, word_L in zip(texts[1:], words_WL, strict=True):
+            fused = model.fuse(text, mask, projected)
+            originals = batch.ids[0, word_L].expand(len(hidden), -1)
+            use_WT["masked"].append(model.mlm(fused[:, word_L]).gather(2, originals[..., None]).sum((1, 2)))
+            use_WT["words"].append(whole - _log_odds(model, fused))
+        return {mode: _lost(used, covers_TRC) for mode, used in use_WT.items()}
+
+
+def _log_odds(model: PersonSearchModel, fused: Tensor) -> Tensor:
+    """Of a match, [N]."""
+    logits = model.itm(fused)
+    return logits[:, 1] - logits[:, 0]
+
+
+def _lost(use_WT: Sequence[Tensor], covers_TRC: Tensor) -> Tensor:
+    """[W, R, C] from a figure of the whole image and of each occluded one, 1 + T for each word."""
+    if not use_WT:
+        return covers_TRC.new_zeros(0, *covers_TRC.shape[1:])
+    used = finite(torch.stack(list(use_WT)).float())
+    lost_WRC = torch.einsum("wt,trc->wrc", used[:, :1] - used[:, 1:], covers_TRC)
+    return (lost_WRC / covers_TRC.sum(0)).clamp(min=0)
+
+
+def occluded(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """An image [1, 3, Y, X] as it is and with each window hidden, [1 + T, 3, Y, X], and the windows, [T, R, C] 0 or 1.
+
+    The image has about CELLS square cells; windows of _WINDOW x _WINDOW cells move by one cell and begin outside the
+    image, so that every cell is covered equally often. Zero is the mean colour of normalised pixels.
+    """
+    height, width = pixels.shape[2:]
+    side = (height * width / CELLS) ** 0.5
+    rows, columns = min(height, max(1, round(height / side))), min(width, max(1, round(width / side)))
+    down, right = _window_covers(rows), _window_covers(columns)
+    covers_TRC = (down[:, None, :, None] * right[None, :, None, :]).flatten(0, 1).to(pixels)
+    row_of, column_of = torch.arange(height) * rows // height, torch.arange(width) * columns // width
+    seen = 1 - covers_TRC[:, row_of][:, :, column_of]
+    return torch.cat([pixels, pixels * seen[:, None]]), covers_TRC
+
+
+def _window_covers(cells: int) -> Tensor:
+    """[cells + _WINDOW - 1, cells]: which cells of an axis each position of the window covers."""
+    first = torch.arange(1 - _WINDOW, cells)[:, None]
+    cell = torch.arange(cells)
+    return ((cell >= first) & (cell < first + _WINDOW)).float()
+
+
 def guesses(logits_TV: Tensor, tokenizer: Tokenizer) -> list[tuple[str, float]]:
     """The best words for T masked pieces of one word, with their probabilities, best first.
 
@@ -207,7 +261,7 @@ def token_words(encodings: Sequence[Encoding], spans: Sequence[Sequence[Span]], 
     return words
 
 
-# -- pairs ----------------------------------------------------------------------------------------------------------
+# -- explaining -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -217,74 +271,6 @@ class Pair:
     name: str
     image: Path
     caption: str
-
-
-def single_pair(image: Path, text: str) -> Pair:
-    """An image file and a text of the user's. Raises UsageError for a text that is none."""
-    try:
-        return Pair(_file_name(image.stem), image, clean_caption(text))
-    except DataError as error:
-        raise UsageError(f"--text: {error.message}", 'For example --text "a man in a red coat".') from error
-
-
-def captions_pairs(file: Path, image_root: Path | None, count: int | None) -> list[Pair]:
-    """The first `count` (None: all) captions of a file in any schema that `aga prepare` reads.
-
-    Image paths start from `image_root`, by default the file's folder or an imgs/ or images/ in it. A record that
-    cannot be used is told and left out. Raises DataError where none is left.
-    """
-    pairs = list(islice(_file_pairs(file, image_root), count))
-    if not pairs:
-        raise DataError(f"{file} holds no usable record", "See docs/datasets.md for the formats.")
-    return pairs
-
-
-def _file_pairs(file: Path, image_root: Path | None) -> Iterator[Pair]:
-    roots = [image_root] if image_root else [file.parent / folder for folder in (".", "imgs", "images")]
-    number = 0
-    for position, raw in enumerate(read_records(file)):
-        try:  # whose picture it is does not matter here
-            record = parse_record({"id": 0, **raw} if isinstance(raw, dict) else raw)
-            candidates = [contained(root, record.image) for root in roots]
-        except DataError as error:
-            console.warn(f"{file.name}[{position}] is left out: {error.message}")
-            continue
-        image = next((path for path in candidates if path.is_file()), candidates[0])
-        for caption in record.captions:
-            yield Pair(f"{number:04d}-{_file_name(image.stem)}", image, caption)
-            number += 1
-
-
-def dataset_pairs(prepared: Prepared, split: str, count: int, query: int | None = None) -> list[Pair]:
-    """`count` captions spread evenly over a split, or the one with caption_id `query`, with their own images."""
-    captions = prepared.captions if query is not None else prepared.split(split)[1]
-    if query is not None:
-        captions = captions[captions["caption_id"] == query]
-        if captions.empty:
-            raise DataError(
-                f"{prepared.folder} has no caption {query}", f"caption_id runs to {len(prepared.captions) - 1}."
-            )
-    if captions.empty:
-        raise DataError(f"Split {split!r} of {prepared.folder} has no captions", "Choose another --split.")
-    paths = prepared.images.set_index("image_id")["path"]
-    chosen = captions.iloc[spread(len(captions), count)]
-    return [
-        Pair(f"caption-{row.caption_id}", contained(prepared.image_root, paths[row.image_id]), str(row.caption))
-        for row in chosen.itertuples()
-    ]
-
-
-def spread(total: int, count: int) -> list[int]:
-    """`count` indices below `total` (all, where it is not so many), evenly spread."""
-    count = min(count, total)
-    return [(2 * number + 1) * total // (2 * count) for number in range(count)]
-
-
-def _file_name(stem: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[:60].strip("_") or "image"
-
-
-# -- explaining -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -322,7 +308,7 @@ def explain(model: PersonSearchModel, pair: Pair, look: Look, wanted: Sequence[s
     tokenizer, device = model.tokenizer, model_device(model)
     encoding = tokenizer.encode([pair.caption])[0]
     batch = tokenizer.pad([encoding]).to(device)
-    pixels = _pixels(model, [pair.image])
+    pixels = read_pixels(model, [pair.image])
     with torch.no_grad():
         image_tokens = model.encode_image(pixels).tokens
         encoded, attention_BL = class_attention(model, batch.ids, batch.mask, MaskingConfig())
@@ -335,34 +321,30 @@ def explain(model: PersonSearchModel, pair: Pair, look: Look, wanted: Sequence[s
     chosen = _choose(words[:readable], wanted)
     members_1WL = token_words([encoding], [[word.span for word in chosen]], batch.ids.shape[1]).to(device)
     seen, match = look_words(model, encoded.tokens, batch.mask, image_tokens, members_1WL)
-    grid = patch_grid(model, pixels)
     filled: list[list[tuple[str, float]]] = [[] for _ in chosen]
-    heat_WRC = seen.heat(look, grid)[0]
     if look.mode == "masked" and chosen:
-        heat_WRC, filled = _explain_masked(model, batch, image_tokens, members_1WL[0].bool(), look, grid)
+        seen, filled = _explain_masked(model, batch, image_tokens, members_1WL[0].bool())
+    if look.method == "occlusion":
+        heat_WRC = look_occluded(model, batch, pixels, members_1WL[0].bool())[look.mode]
+    else:
+        heat_WRC = seen.heat(look, patch_grid(model, pixels)).flatten(0, 1)
     for word, heat, words_in in zip(chosen, heat_WRC.cpu().numpy(), filled, strict=True):
         words[word.number] = replace(word, heat=heat, guesses=words_in)
     return Explanation(pair, float(match[0]), words)
 
 
 def _explain_masked(
-    model: PersonSearchModel,
-    batch: Batch,
-    image_tokens: Tensor,
-    members_WL: Tensor,
-    look: Look,
-    grid: tuple[int, int],
-) -> tuple[Tensor, list[list[tuple[str, float]]]]:
-    """Heat [W, R, C] and guesses of each word of one caption, masked in turn."""
-    heats = [torch.empty(0, *grid)]
-    filled: list[list[tuple[str, float]]] = []
+    model: PersonSearchModel, batch: Batch, image_tokens: Tensor, members_WL: Tensor
+) -> tuple[Views, list[list[tuple[str, float]]]]:
+    """Views [S, W, 1, h, P] and guesses of each word of one caption, masked in turn."""
+    parts, filled = [], []
     for words_NL in members_WL.split(TEXTS):
         repeated = Batch(*(x.expand(len(words_NL), -1) for x in (batch.ids, batch.mask, batch.word_of)))
         images = image_tokens.expand(len(words_NL), -1, -1)
         seen, logits = look_masked(model, repeated, images, words_NL, model.tokenizer.mask_id)
-        heats.append(seen.heat(look, grid)[:, 0].cpu())
+        parts.append(seen)
         filled += [guesses(part, model.tokenizer) for part in logits.split(words_NL.sum(1).tolist())]
-    return torch.cat(heats), filled
+    return Views(*(torch.cat(maps, dim=1) for maps in zip(*parts, strict=True))), filled
 
 
 def _choose(words: Sequence[Word], wanted: Sequence[str] | None) -> list[Word]:
@@ -373,183 +355,8 @@ def _choose(words: Sequence[Word], wanted: Sequence[str] | None) -> list[Word]:
     return [word for word in words if "all" in wanted or word.text.lower() in wanted]
 
 
-def _pixels(model: PersonSearchModel, images: Sequence[Path]) -> Tensor:
+def read_pixels(model: PersonSearchModel, images: Sequence[Path]) -> Tensor:
     """Normalised images [B, 3, height, width] on the model's device."""
     config = model.config
     squashed = torch.stack([to_tensor(decode_image(path), config.image_size) for path in images])
     return eval_transform(squashed.to(model_device(model)), config.image_mean, config.image_std)
-
-
-# -- the command ----------------------------------------------------------------------------------------------------
-
-
-def claim_output(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds something, unless it is ours and to be overwritten. Raises UsageError."""
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file", "Choose another --out.")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not any((folder / name).is_file() for name in _MARKS):
-        raise UsageError(f"{folder} holds something else; it is left alone", "Choose another --out.")
-    if not overwrite:
-        raise UsageError(f"{folder} is not empty", "Add --overwrite, or choose another --out.")
-    shutil.rmtree(folder)
-
-
-def visualize(
-    model: PersonSearchModel,
-    pairs: Sequence[Pair],
-    look: Look,
-    words: str | None,
-    out: Path,
-    suffix: Format = "png",
-) -> list[Explanation]:
-    """Draw every pair into `out`: NAME.SUFFIX, contact sheets, maps.csv, words.csv, pairs.csv.
-
-    `words` are separated by commas, or `all`. Raises UsageError where no caption has any of them, DataError for a
-    broken image.
-    """
-    look = look.settled(model)
-    wanted = [word.strip().lower() for word in words.split(",")] if words is not None else None
-    explained: list[Explanation] = []
-    with console.progress("Looking at pairs", len(pairs)) as task:
-        for pair in pairs:
-            explained.append(explain(model, pair, look, wanted))
-            task.advance()
-    if wanted and "all" not in wanted and not any(explanation.shown for explanation in explained):
-        there = ", ".join(dict.fromkeys(word.text for word in explained[0].words))
-        raise UsageError(f"--words {words}: no caption has any of them", f"The first caption's words: {there}")
-    with console.progress("Drawing", len(explained)) as task:
-        pictures = []
-        for explanation in explained:
-            pictures.append(_picture(explanation))
-            draw_pair(out / f"{explanation.pair.name}.{suffix}", pictures[-1])
-            task.advance()
-    for start in range(0, len(pictures), PAIRS_A_SHEET):
-        number = f"-{start // PAIRS_A_SHEET + 1}" if len(pictures) > PAIRS_A_SHEET else ""
-        draw_sheet(out / f"contact_sheet{number}.{suffix}", pictures[start : start + PAIRS_A_SHEET])
-    for name, table in _tables(explained, look).items():
-        write_csv(out / name, table, decimals=7)
-    return explained
-
-
-def _picture(explanation: Explanation) -> Picture:
-    image = np.asarray(decode_image(explanation.pair.image))
-    most = max((word.attention for word in explanation.words), default=0.0) or 1.0
-    panels = []
-    for word in explanation.shown:
-        assert word.heat is not None
-        notes = [f"{guess} {100 * chance:.0f} %" for guess, chance in word.guesses]
-        heat = upsample(word.heat[None], (image.shape[0], image.shape[1]))[0]
-        panels.append(Panel(f"[{word.text}]" if notes else word.text, heat, notes))
-    shades = [(*word.span, word.attention / most) for word in explanation.words]
-    return Picture(image, explanation.pair.caption, shades, f"match {100 * explanation.match:.1f} %", panels)
-
-
-def _tables(explained: Sequence[Explanation], look: Look) -> dict[str, pd.DataFrame]:
-    """pairs.csv, words.csv and, one row a patch, maps.csv."""
-    pairs, words, maps = [], [], []
-    for explanation in explained:
-        name = explanation.pair.name
-        pairs.append((name, str(explanation.pair.image), explanation.pair.caption, explanation.match))
-        for word in explanation.words:
-            filled = " ".join(f"{guess}:{chance:.4f}" for guess, chance in word.guesses)
-            words.append((name, word.number, word.text, *word.span, word.attention, filled))
-        for word in explanation.shown:
-            assert word.heat is not None
-            cells = np.ndindex(word.heat.shape)
-            maps += [(name, word.number, word.text, *cell, float(word.heat[cell])) for cell in cells]
-    of_look = {"mode": look.mode, "method": look.method, "layer": look.layer, "head": look.head}
-    return {
-        "pairs.csv": pd.DataFrame(pairs, columns=["pair", "image", "caption", "match"]).assign(**of_look),
-        "words.csv": pd.DataFrame(
-            words, columns=["pair", "number", "word", "start", "end", "class_attention", "guesses"]
-        ),
-        "maps.csv": pd.DataFrame(maps, columns=["pair", "number", "word", "row", "column", "value"]),
-    }
-
-
-# -- measuring ------------------------------------------------------------------------------------------------------
-
-
-def measure(model: PersonSearchModel, prepared: Prepared, split: str, count: int, out: Path) -> pd.DataFrame:
-    """Every mode, method, layer and head reduction against the sample's part masks, over `count` captions.
-
-    Writes `out`/localisation.csv and returns it (`Scores.table` has the columns). Raises DataError where the data set
-    has no masks.
-    """
-    truth = read_masks(prepared)
-    _, captions = prepared.split(split)
-    paths = prepared.images.set_index("image_id")["path"]
-    chosen = captions[captions["caption_id"].isin(truth.words)]
-    if chosen.empty:
-        raise DataError(f"No caption of split {split!r} names a part", "Choose another --split.")
-    chosen = chosen.iloc[spread(len(chosen), count)]
-    scores = Scores()
-    with console.progress("Measuring captions", len(chosen)) as task:
-        for start in range(0, len(chosen), TEXTS):
-            part = chosen.iloc[start : start + TEXTS]
-            jobs = [
-                (str(row.caption), str(paths[row.image_id]), truth.words[row.caption_id]) for row in part.itertuples()
-            ]
-            _measure_batch(model, prepared.image_root, truth, jobs, scores)
-            task.advance(len(part))
-    table = scores.table()
-    write_csv(out / "localisation.csv", table)
-    return table
-
-
-def _settings(model: PersonSearchModel) -> Iterator[Look]:
-    """Every way to look but single heads, and but Grad-CAM where it is zero by construction."""
-    last = model.config.fusion_layers
-    for mode in MODES:
-        for method in METHODS:
-            for layer in range(1, last + 1):
-                if (mode, method, layer) != ("words", "gradcam", last):
-                    yield from (Look(mode, method, layer, head) for head in ("mean", "max"))
-
-
-def _measure_batch(
-    model: PersonSearchModel, root: Path, truth: Truth, jobs: Sequence[tuple[str, str, list[NamedWord]]], scores: Scores
-) -> None:
-    """Judge the named words of some (caption, image path, words) under every setting."""
-    tokenizer, device = model.tokenizer, model_device(model)
-    encodings = tokenizer.encode([caption for caption, _, _ in jobs])
-    batch = tokenizer.pad(encodings).to(device)
-    spans = [[(word.start, word.end) for word in named] for _, _, named in jobs]
-    members_NWL = token_words(encodings, spans, batch.ids.shape[1]).to(device)
-    pixels = _pixels(model, [contained(root, path) for _, path, _ in jobs])
-    with torch.no_grad():
-        image_tokens = model.encode_image(pixels).tokens
-        text_tokens = model.encode_text(batch.ids, batch.mask).tokens
-    grid = patch_grid(model, pixels)
-    seen = {
-        "words": look_words(model, text_tokens, batch.mask, image_tokens, members_NWL)[0],
-        "masked": _masked_views(model, batch, image_tokens, members_NWL.bool()),
-    }
-    has_tokens = members_NWL.bool().any(-1).cpu().numpy()
-    heats = {look: seen[look.mode].heat(look, grid).cpu().numpy() for look in _settings(model)}
-    for row, (_, path, named) in enumerate(jobs):
-        column = np.flatnonzero(has_tokens[row])  # the others lie behind the cut of the caption
-        kinds = [str(word_kind(named[n])) for n in column]
-        mask_WYX = truth.masks(path, [named[n] for n in column])
-        for look, heat_NWRC in heats.items():
-            setting = (look.mode, str(look.method), str(look.layer), str(look.head))
-            scores.add(setting, kinds, upsample(heat_NWRC[row][column], mask_WYX.shape[1:]), mask_WYX)
-        scores.add_baselines(kinds, mask_WYX, grid)
-
-
-def _masked_views(model: PersonSearchModel, batch: Batch, image_tokens: Tensor, members_NWL: Tensor) -> Views:
-    """`look_masked` of every word of every caption, in the shape of `look_words`: [S, N, W, h, P]."""
-    text_K, word_K = members_NWL.any(-1).nonzero(as_tuple=True)
-    parts = []
-    for text, word in zip(text_K.split(TEXTS), word_K.split(TEXTS), strict=True):
-        texts = Batch(batch.ids[text], batch.mask[text], batch.word_of[text])
-        parts.append(look_masked(model, texts, image_tokens[text], members_NWL[text, word], model.tokenizer.mask_id)[0])
-    whole = []
-    for maps in zip(*parts, strict=True):
-        joined = torch.cat(maps, dim=1)[:, :, 0]  # [S, K, h, P]
-        filled = joined.new_zeros(len(joined), *members_NWL.shape[:2], *joined.shape[2:])
-        filled[:, text_K, word_K] = joined
-        whole.append(filled)
-    return Views(*whole)

@@ -452,6 +452,40 @@ def evaluate(
 
 @app.command(rich_help_panel=MODELS)
 @_reporting
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run or evaluation folders; tests are against the first.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The page; default RUN/report.html, for several runs ./report.html.")
+    ] = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a run's report.html again, or set several runs side by side with paired tests.
+
+    Examples:
+
+      aga report runs/sample
+
+      aga report runs/random runs/agm --out agm.html
+    """
+    from agatool import compare_runs, console
+
+    written = compare_runs.report(runs, out)
+    if json_:
+        comparisons = [row._asdict() for row in written.comparisons]
+        console.result_json({"report": str(written.path), "comparisons": comparisons, "unpaired": written.unpaired})
+        return
+    if written.comparisons:
+        console.table("Paired tests, percentage points", *compare_runs.comparison_rows(written.comparisons))
+    elif written.unpaired:
+        console.warn(f"{written.unpaired} So there is nothing to pair.")
+    console.result(str(written.path))
+
+
+@app.command(rich_help_panel=MODELS)
+@_reporting
 def convert(
     source: Annotated[Path, typer.Argument(help="An ALBEF or RaSa checkpoint: .pth or .safetensors.")],
     out: Annotated[Path, typer.Argument(help="Model folder to write.")],
@@ -496,4 +530,4 @@ def _show_metrics(outcome: Any, folder: Path, as_json: bool) -> None:
         console.result_json({"folder": str(folder), "metrics": table.to_dict("records"), "seconds": outcome.seconds})
         return
     console.table("Metrics in percent, with 95 % intervals", *metric_rows(table))
-    console.info(f"Written: {folder}/metrics.csv, {folder}/queries.csv")
+    console.info(f"Written: {folder}/metrics.csv, queries.csv, report.html")

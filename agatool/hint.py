@@ -5,6 +5,8 @@ Shape suffixes: M made-up descriptions, N images, E shared space.
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from torch import Tensor
 
@@ -23,7 +25,8 @@ _IF_WORN = {"hat": "hat_type", "glasses": "glasses", "scarf": "scarf_color", "ba
             "umbrella": "umbrella_color", "phone": "phone"}  # fmt: skip
 
 
-def made_up_descriptions(count: int = MADE_UP) -> list[str]:
+@cache
+def made_up_descriptions(count: int = MADE_UP) -> tuple[str, ...]:
     """Descriptions of invented people in the sample data set's language, always the same."""
     invented = people(SampleSpec(train=count, val=0, test=0, seed=_SEED))
     texts = []
@@ -31,7 +34,7 @@ def made_up_descriptions(count: int = MADE_UP) -> list[str]:
         worn = {part for part, attribute in _IF_WORN.items() if person.attributes[attribute] != "none"}
         rng = np.random.default_rng([_SEED, person.id])
         texts.append(describe(person.attributes, _ALWAYS | worn, "front", VALUES, 0.0, rng)[0])
-    return texts
+    return tuple(texts)
 
 
 def made_up_scores(model: PersonSearchModel, gallery: Tensor, bf16: bool = False) -> np.ndarray:

@@ -201,6 +201,7 @@ def _bert_sizes(folder: Path, config: ModelConfig) -> ModelConfig:
             f"{folder} has {layers} layers, the model {config.text_layers} text + {config.fusion_layers} fusion layers",
             "Set model.text_layers and model.fusion_layers so that they add up.",
         )
+    positions, tokens = bert.get("max_position_embeddings"), config.text.max_tokens
     try:
         return ModelConfig.model_validate(
             {
@@ -209,8 +210,9 @@ def _bert_sizes(folder: Path, config: ModelConfig) -> ModelConfig:
                 "text_heads": bert.get("num_attention_heads"),
                 "text_mlp": bert.get("intermediate_size"),
                 "vocab_size": bert.get("vocab_size"),
-                "max_positions": bert.get("max_position_embeddings"),
-                "text": {"max_tokens": config.text.max_tokens},  # BERT's own: [CLS] X [SEP]
+                "max_positions": positions,
+                # BERT's own convention: [CLS] X [SEP]
+                "text": {"max_tokens": min(tokens, positions) if isinstance(positions, int) else tokens},
             }
         )
     except ValueError as error:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from agatool import console
 from agatool.config import RunConfig, plan_run
 from agatool.data.prepare import Prepared, prepare_sample
 from agatool.data.synthetic import SampleSpec, write_sample
@@ -28,7 +29,8 @@ TINY = (
     "model.image_size=[32,16]", "model.image_width=24", "model.image_depth=1", "model.text_width=24",
     "model.text_mlp=24", "model.text_layers=1", "model.fusion_layers=1", "model.embed_dim=16", "model.dropout=0.1",
     "objective.queue_size=24", "objective.itc_only=0.25", "tem.warmup=0.3", "train.batch_size=16", "train.epochs=2",
-    "train.checkpoint_every=3", "train.warmup=0.1", "train.lr=0.003", "train.head_lr=0.003", "eval.rerank=4", "eval.bootstrap=20",
+    "train.checkpoint_every=3", "train.warmup=0.1", "train.lr=0.003", "train.head_lr=0.003", "eval.rerank=4",
+    "eval.bootstrap=20",
 )  # fmt: skip
 # What of a run is the same bytes for the same seed, interrupted or not.
 SAME = ("best/*", "last/*", f"checkpoints/step-{STEPS}/*", "*.csv", "config.toml", "tokenizer.json")
@@ -59,6 +61,11 @@ def tiny_run(sample: Prepared, tiny_config: Callable[..., RunConfig], tmp_path_f
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     run(tiny_config(), sample, folder)
     return folder
+
+
+def resume(folder: Path, sample: Prepared) -> None:
+    """What `aga train --resume` does."""
+    run(plan_run({}, stored=folder / "config.toml"), sample, folder, resume=True)
 
 
 def contents(folder: Path, patterns: tuple[str, ...] = SAME) -> dict[str, bytes]:
@@ -96,3 +103,9 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], Any]
 def press(number: signal.Signals) -> Callable[[], None]:
     """An action for `at_step`: this process gets a signal."""
     return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.fixture(autouse=True)
+def _talkative() -> None:
+    """What a `-q` of an earlier test left behind ends here."""
+    console.configure()

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from agatool import attention, heatmaps, localisation
+from agatool import attention, heatmaps, localisation, visualizing
 from agatool.attention import Look, Pair
 from agatool.config import ModelConfig, TextConvention
 from agatool.data.prepare import Prepared, prepare
@@ -136,20 +136,22 @@ def test_gradcam_of_the_match_needs_an_earlier_layer(model: PersonSearchModel) -
     assert Look("masked", "gradcam", layer=2).settled(model).layer == 2
 
 
-def test_masked_mode_does_not_see_the_word(model: PersonSearchModel, image: Path) -> None:
-    look = Look("masked").settled(model)
+@pytest.mark.parametrize("method", ["attention", "occlusion"])
+def test_masked_mode_does_not_see_the_word(model: PersonSearchModel, image: Path, method: attention.Method) -> None:
+    look = Look("masked", method).settled(model)
     red, blue = (
         attention.explain(model, Pair("a", image, f"A man in a {colour} shirt"), look, [colour])
         for colour in ("red", "blue")
     )
     assert [word.text for word in red.shown] == ["red"]
-    np.testing.assert_array_equal(red.shown[0].heat, blue.shown[0].heat)
+    if method == "attention":  # the other one asks for the logit of the word that was there
+        np.testing.assert_array_equal(red.shown[0].heat, blue.shown[0].heat)
     assert red.shown[0].guesses == blue.shown[0].guesses
     assert red.match != blue.match
 
 
 @pytest.mark.parametrize("mode", attention.MODES)
-@pytest.mark.parametrize("method", attention.METHODS)
+@pytest.mark.parametrize("method", attention.READ_OFF)
 @pytest.mark.parametrize("head", ["mean", "max", "2"])
 def test_every_way_to_look_gives_a_map(
     model: PersonSearchModel, image: Path, mode: attention.Mode, method: attention.Method, head: str
@@ -186,7 +188,9 @@ def test_any_grid(
     tokenizer: Tokenizer, image: Path, size: tuple[int, int], patch: int, stem: str, grid: tuple[int, int]
 ) -> None:
     other = _model(tokenizer, image_size=size, patch=patch, stem=stem, text_heads=4, fusion_layers=3)
-    explained = attention.explain(other, Pair("a", image, CAPTIONS[0]), Look(head="4").settled(other), ["shirt"])
+    explained = attention.explain(
+        other, Pair("a", image, CAPTIONS[0]), Look(method="attention", head="4").settled(other), ["shirt"]
+    )
     assert explained.shown[0].heat is not None
     assert explained.shown[0].heat.shape == grid
 
@@ -207,7 +211,56 @@ def test_default_layer_depends_on_how_many_there_are(tokenizer: Tokenizer, layer
 ])  # fmt: skip
 def test_looks_that_the_model_does_not_have(model: PersonSearchModel, changes: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        replace(Look(), **changes).settled(model)
+        replace(Look(method="attention"), **changes).settled(model)
+
+
+def test_occlusion_has_no_layers(model: PersonSearchModel) -> None:
+    for look in (Look(method="occlusion", layer=1), Look(method="occlusion", head="max")):
+        with pytest.raises(UsageError, match="no --layer"):
+            look.settled(model)
+
+
+@pytest.mark.parametrize("size", [(128, 64), (48, 32), (17, 90), (1, 1), (384, 384)])
+def test_every_cell_is_hidden_equally_often(size: tuple[int, int]) -> None:
+    image = torch.rand(1, 3, *size) + 1
+    images, covers = attention.occluded(image)
+    assert len(images) == 1 + len(covers)
+    assert torch.equal(images[:1], image)
+    assert (covers.sum(0) == 4).all()
+    for hidden, cover in zip(images[1:], covers, strict=True):
+        gone = (hidden == 0).all(0)
+        assert torch.equal(hidden[:, ~gone], image[0][:, ~gone])
+        assert gone.any()
+        assert gone.float().mean() == pytest.approx(float(cover.mean()), abs=0.1)
+    assert 20 <= covers[0].numel() <= 45 or min(size) == 1
+
+
+def test_occlusion_is_the_mean_loss_over_the_windows(model: PersonSearchModel) -> None:
+    encoding = model.tokenizer.encode(CAPTIONS[1:])
+    batch = model.tokenizer.pad(encoding)
+    word = attention.token_words(encoding, [[encoding[0].words[5]]], batch.ids.shape[1])[0].bool()
+    assert word.sum() > 1  # several pieces
+    image = torch.rand(1, 3, *model.config.image_size, generator=torch.Generator().manual_seed(2))
+    heat = attention.look_occluded(model, batch, image, word)
+
+    def figures(pixels: Tensor) -> tuple[float, float]:
+        with torch.no_grad():
+            tokens = model.encode_image(pixels[None]).tokens
+            fused = []
+            for ids in (batch.ids, batch.ids.masked_fill(word, model.tokenizer.mask_id)):
+                fused.append(model.fuse(model.encode_text(ids, batch.mask).tokens, batch.mask, tokens))
+            odds = [model.itm(states)[0, 1] - model.itm(states)[0, 0] for states in fused]
+            places = word[0].nonzero()[:, 0]
+            logits = model.mlm(fused[1][0, places])
+            return float(odds[0] - odds[1]), float(sum(logits[n, batch.ids[0, at]] for n, at in enumerate(places)))
+
+    images, covers = attention.occluded(image)
+    found = np.array([figures(pixels) for pixels in images])
+    for mode, column in (("words", 0), ("masked", 1)):
+        lost = found[0, column] - found[1:, column]
+        for row, cell in np.ndindex(*covers.shape[1:]):
+            expected = max(0.0, lost[covers[:, row, cell].numpy() > 0].mean())
+            assert heat[mode][0, row, cell] == pytest.approx(expected, abs=1e-4)
 
 
 def test_guesses_of_one_piece(tokenizer: Tokenizer) -> None:
@@ -289,13 +342,14 @@ def test_centre_blob_and_coverage() -> None:
 
 
 def test_measure(model: PersonSearchModel, prepared: Prepared, tmp_path: Path) -> None:
-    table = attention.measure(model, prepared, "test", 12, tmp_path)
+    table = visualizing.measure(model, prepared, "test", 12, tmp_path)
     written = pd.read_csv(tmp_path / "localisation.csv")
     assert written.columns.tolist() == table.columns.tolist()
+    assert set(table["method"]) == {"attention", "gradcam", "occlusion", "uniform", "centre", "best of grid"}
     settings = set(zip(table["mode"], table["method"], table["layer"], strict=True))
     assert ("words", "gradcam", "1") in settings
     assert ("words", "gradcam", "2") not in settings  # zero by construction
-    assert {("masked", method, layer) for method in attention.METHODS for layer in "12"} <= settings
+    assert {("masked", method, layer) for method in attention.READ_OFF for layer in "12"} <= settings
     assert set(table["class"]) == set(localisation.CLASSES)
     assert table.groupby("class")["words"].nunique().eq(1).all()  # every setting judged the same words
     rows = table.set_index(["method", "class"])
@@ -304,7 +358,7 @@ def test_measure(model: PersonSearchModel, prepared: Prepared, tmp_path: Path) -
         assert uniform["pointing"] == pytest.approx(uniform["heat_share"])
         assert best["pointing"] > uniform["pointing"]
         assert centre["times_centre"] == pytest.approx(1) or centre["pointing"] == 0
-    again = attention.measure(model, prepared, "test", 12, tmp_path)
+    again = visualizing.measure(model, prepared, "test", 12, tmp_path)
     pd.testing.assert_frame_equal(table, again)
     mode, *_ = localisation.best_setting(table, "masked")
     assert mode == "masked"
@@ -330,7 +384,7 @@ def test_masks_show_what_the_words_name(prepared: Prepared) -> None:
 def test_measure_needs_masks(model: PersonSearchModel, prepared: Prepared, tmp_path: Path) -> None:
     other = replace(prepared, image_root=tmp_path / "imgs")
     with pytest.raises(DataError, match="no part masks"):
-        attention.measure(model, other, "test", 5, tmp_path)
+        visualizing.measure(model, other, "test", 5, tmp_path)
 
 
 @pytest.mark.parametrize("path", ["../../secret.jpg", "/etc/passwd", "missing.jpg"])
@@ -340,39 +394,32 @@ def test_masks_stay_in_their_folder(prepared: Prepared, path: str) -> None:
         truth.masks(path, next(iter(truth.words.values())))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not is_model(SHIPPED), reason="this copy has no shipped weights")
-def test_shipped_weights_point_better_than_the_centre(prepared: Prepared, tmp_path: Path) -> None:
+def test_shipped_weights_point_at_colours_better_than_the_centre(prepared: Prepared, tmp_path: Path) -> None:
     from agatool import load
 
-    shipped = load(SHIPPED)
-    table = attention.measure(shipped, prepared, "test", 80, tmp_path)
-    look = Look().settled(shipped)
-    ours = table[
-        (table["mode"] == look.mode)
-        & (table["method"] == look.method)
-        & (table["layer"] == str(look.layer))
-        & (table["head"] == look.head)
-    ].set_index("class")
-    assert ours.loc["garment", "times_centre"] > 1.5
-    assert ours.loc["colour", "times_centre"] > 1.5
+    table = visualizing.measure(load(SHIPPED), prepared, "test", 80, tmp_path)
+    best = table[(table["mode"] == "masked") & (table["method"] == "occlusion")].set_index("class")
+    assert best.loc["colour", "times_centre"] > 1.5
 
 
 # -- pairs, pictures, tables ----------------------------------------------------------------------------------------
 
 
 def test_dataset_pairs(prepared: Prepared) -> None:
-    pairs = attention.dataset_pairs(prepared, "test", 4)
+    pairs = visualizing.dataset_pairs(prepared, "test", 4)
     assert len({pair.name for pair in pairs}) == 4
     assert all(pair.image.is_file() for pair in pairs)
-    (one,) = attention.dataset_pairs(prepared, "test", 4, query=7)
+    (one,) = visualizing.dataset_pairs(prepared, "test", 4, query=7)
     assert (one.name, one.caption) == ("caption-7", prepared.captions["caption"][7])
     with pytest.raises(DataError, match="no caption 9999"):
-        attention.dataset_pairs(prepared, "test", 4, query=9999)
+        visualizing.dataset_pairs(prepared, "test", 4, query=9999)
 
 
 @pytest.mark.parametrize(("total", "count"), [(10, 3), (3, 10), (7, 7), (1, 1)])
 def test_spread(total: int, count: int) -> None:
-    chosen = attention.spread(total, count)
+    chosen = visualizing.spread(total, count)
     assert len(chosen) == len(set(chosen)) == min(count, total)
     assert chosen == sorted(chosen)
     assert chosen[-1] < total
@@ -389,51 +436,51 @@ def test_captions_file_in_any_schema(tmp_path: Path) -> None:
             {"file_path": "a.png", "caption": "Nobody in particular"},
         ])
     )  # fmt: skip
-    pairs = attention.captions_pairs(tmp_path / "list.json", None, None)
+    pairs = visualizing.captions_pairs(tmp_path / "list.json", None, None)
     assert [pair.caption for pair in pairs] == ["A red man", "He is red", "Nobody in particular"]
     assert {pair.image for pair in pairs} == {tmp_path / "imgs" / "a.png"}
     assert len({pair.name for pair in pairs}) == 3
-    assert len(attention.captions_pairs(tmp_path / "list.json", None, 2)) == 2
+    assert len(visualizing.captions_pairs(tmp_path / "list.json", None, 2)) == 2
     (tmp_path / "table.csv").write_text("image,caption\nimgs/a.png,red\n")
-    assert attention.captions_pairs(tmp_path / "table.csv", tmp_path, None)[0].image.is_file()
+    assert visualizing.captions_pairs(tmp_path / "table.csv", tmp_path, None)[0].image.is_file()
     (tmp_path / "empty.jsonl").write_text('{"caption": "no image"}\n')
     with pytest.raises(DataError, match="no usable record"):
-        attention.captions_pairs(tmp_path / "empty.jsonl", None, None)
+        visualizing.captions_pairs(tmp_path / "empty.jsonl", None, None)
 
 
 @pytest.mark.parametrize("text", ["", "   ", "a\x00b", "x" * 20_000])
 def test_texts_that_are_none(image: Path, text: str) -> None:
     with pytest.raises(UsageError, match="--text"):
-        attention.single_pair(image, text)
+        visualizing.single_pair(image, text)
 
 
 def test_files_of_visualize(model: PersonSearchModel, prepared: Prepared, tmp_path: Path) -> None:
-    pairs = attention.dataset_pairs(prepared, "test", 2)
-    explained = attention.visualize(model, pairs, Look("masked"), None, tmp_path / "one")
+    pairs = visualizing.dataset_pairs(prepared, "test", 2)
+    explained = visualizing.visualize(model, pairs, Look("masked"), None, tmp_path / "one")
     names = {f"{pair.name}.png" for pair in pairs}
     files = {path.name for path in (tmp_path / "one").iterdir()}
     assert files == names | {"contact_sheet.png", "maps.csv", "words.csv", "pairs.csv"}
     maps = pd.read_csv(tmp_path / "one" / "maps.csv")
     assert maps.columns.tolist() == ["pair", "number", "word", "row", "column", "value"]
-    assert len(maps) == sum(len(one.shown) for one in explained) * 6 * 4
+    assert len(maps) == sum(len(one.shown) for one in explained) * 7 * 5
     first = maps[(maps["pair"] == pairs[0].name) & (maps["number"] == explained[0].shown[0].number)]
     heat = first.pivot(index="row", columns="column", values="value").to_numpy()
     np.testing.assert_allclose(heat, explained[0].shown[0].heat, atol=1e-6)
     words = pd.read_csv(tmp_path / "one" / "words.csv", na_filter=False)
     assert words.groupby("pair")["class_attention"].sum().tolist() == pytest.approx([1, 1], abs=1e-5)
     assert words["guesses"].str.count(":").max() == 5
-    attention.visualize(model, pairs, Look("masked"), None, tmp_path / "two")
+    visualizing.visualize(model, pairs, Look("masked"), None, tmp_path / "two")
     for name in files:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("suffix", ["svg", "pdf"])
 def test_other_formats_give_the_same_bytes_again(
-    model: PersonSearchModel, image: Path, tmp_path: Path, suffix: attention.Format
+    model: PersonSearchModel, image: Path, tmp_path: Path, suffix: visualizing.Format
 ) -> None:
-    pair = attention.single_pair(image, "A man in a red shirt")
+    pair = visualizing.single_pair(image, "A man in a red shirt")
     for folder in ("one", "two"):
-        attention.visualize(model, [pair], Look(), "red", tmp_path / folder, suffix)
+        visualizing.visualize(model, [pair], Look(), "red", tmp_path / folder, suffix)
     one, two = (tmp_path / folder / f"{pair.name}.{suffix}" for folder in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
     assert len(one.read_bytes()) > 5000
@@ -445,7 +492,7 @@ def test_other_formats_give_the_same_bytes_again(
 )
 def test_captions_that_are_hard_to_draw(model: PersonSearchModel, image: Path, tmp_path: Path, caption: str) -> None:
     words = None if caption.startswith("red") else "all"
-    attention.visualize(model, [Pair("a", image, caption)], Look("masked"), words, tmp_path)
+    visualizing.visualize(model, [Pair("a", image, caption)], Look("masked"), words, tmp_path)
     with Image.open(tmp_path / "a.png") as picture:
         assert max(picture.size) < 20_000
 
@@ -453,18 +500,18 @@ def test_captions_that_are_hard_to_draw(model: PersonSearchModel, image: Path, t
 @pytest.mark.parametrize("size", [(3, 200), (200, 3), (1, 1), (64, 64)])
 def test_images_of_any_shape(model: PersonSearchModel, tmp_path: Path, size: tuple[int, int]) -> None:
     Image.new("RGB", size, "green").save(tmp_path / "any.png")
-    pair = attention.single_pair(tmp_path / "any.png", "A man in a red shirt")
-    (explained,) = attention.visualize(model, [pair], Look(), "red", tmp_path / "out")
+    pair = visualizing.single_pair(tmp_path / "any.png", "A man in a red shirt")
+    (explained,) = visualizing.visualize(model, [pair], Look(), "red", tmp_path / "out")
     assert explained.shown[0].text == "red"
 
 
 def test_words_that_are_not_there(model: PersonSearchModel, image: Path, tmp_path: Path) -> None:
-    pairs = [attention.single_pair(image, "A man in a Red shirt")]
+    pairs = [visualizing.single_pair(image, "A man in a Red shirt")]
     with pytest.raises(UsageError, match="no caption has any") as caught:
-        attention.visualize(model, pairs, Look(), "purple", tmp_path / "out")
+        visualizing.visualize(model, pairs, Look(), "purple", tmp_path / "out")
     assert "shirt" in caught.value.hint
     assert not (tmp_path / "out").exists()
-    (explained,) = attention.visualize(model, pairs, Look(), " RED , purple", tmp_path / "out")
+    (explained,) = visualizing.visualize(model, pairs, Look(), " RED , purple", tmp_path / "out")
     assert [word.text for word in explained.shown] == ["Red"]
 
 
@@ -478,23 +525,23 @@ def test_default_words_are_those_of_most_class_attention(model: PersonSearchMode
 
 
 def test_output_folder_is_claimed(tmp_path: Path) -> None:
-    attention.claim_output(tmp_path / "new", overwrite=False)
+    visualizing.claim_output(tmp_path / "new", overwrite=False)
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("all of it")
     for overwrite in (False, True):
         with pytest.raises(UsageError, match="left alone"):
-            attention.claim_output(foreign, overwrite)
+            visualizing.claim_output(foreign, overwrite)
     ours = tmp_path / "ours"
     ours.mkdir()
     (ours / "maps.csv").write_text("pair\n")
     with pytest.raises(UsageError, match="not empty"):
-        attention.claim_output(ours, overwrite=False)
-    attention.claim_output(ours, overwrite=True)
+        visualizing.claim_output(ours, overwrite=False)
+    visualizing.claim_output(ours, overwrite=True)
     assert not ours.exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file"):
-        attention.claim_output(tmp_path / "file", overwrite=True)
+        visualizing.claim_output(tmp_path / "file", overwrite=True)
 
 
 def test_shaded_caption_keeps_every_character() -> None:

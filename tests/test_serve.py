@@ -152,7 +152,7 @@ def test_no_path_leads_to_a_file(port: int, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "row", ["-1", "99999", "9" * 400, "1.0", "1e0", "0x0", "%20", "", "٣", "NaN", "0;1", "1%0a", "+1"]
+    "row", ["-1", "99999", "9" * 400, "1.0", "1e0", "0x0", "%20", "", "٣", "NaN", "0;1", "+1"]
 )
 def test_odd_rows_are_not_found(port: int, row: str) -> None:
     for page in ("image", "attention"):

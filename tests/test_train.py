@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from agatool.checkpoint import checkpoints
-from agatool.config import RunConfig
+from agatool.config import RunConfig, plan_run
 from agatool.data.prepare import Prepared
 from agatool.errors import CheckpointError, DataError, DiskError, NonFiniteError, StoppedError, UsageError
 from agatool.train import LOG_COLUMNS, StopFlag, open_run, parameter_groups, pick_device, run
-from tests.conftest import STEPS, STEPS_PER_EPOCH, assert_same_run, contents, press
+from tests.conftest import STEPS, STEPS_PER_EPOCH, assert_same_run, contents, press, resume
 
 Config = Callable[..., RunConfig]
 AtStep = Callable[[int, Callable[[], Any]], None]
@@ -96,8 +96,6 @@ def test_the_same_seed_gives_the_same_bytes(
 
 
 def test_a_run_can_be_given_again_by_its_own_configuration(tiny_run: Path, tiny_config: Config) -> None:
-    from agatool.config import plan_run
-
     config = plan_run({}, tiny_run / "config.toml")
     assert config.model_copy(update={"model": None}) == tiny_config().model_copy(update={"model": None})
     assert config.model.vocab_size < 1000  # that of the data's vocabulary
@@ -123,12 +121,12 @@ def test_resuming_gives_the_same_bytes(
     for number, step in enumerate(steps):
         at_step(step, press(signal.SIGINT))
         with pytest.raises(StoppedError, match=f"after step {step} of 8; everything is saved") as caught:
-            run(tiny_config(), sample, folder, resume=number > 0)
+            resume(folder, sample) if number else run(tiny_config(), sample, folder)
         assert caught.value.exit_code == 130
         assert caught.value.hint == f"Continue with: aga train --resume --out {folder}"
         assert (folder / "last" / "model.safetensors").is_file()
         assert len(rows(folder / "train_log.csv")) == step
-    run(tiny_config(), sample, folder, resume=True)
+    resume(folder, sample)
     assert_same_run(folder, tiny_run)
 
 
@@ -141,7 +139,7 @@ def test_resuming_with_accumulation_and_threads(
     with pytest.raises(StoppedError) as caught:
         run(config, sample, tmp_path / "parts")
     assert caught.value.exit_code == 143
-    run(config, sample, tmp_path / "parts", resume=True)
+    resume(tmp_path / "parts", sample)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
     assert [row["step"] for row in rows(tmp_path / "parts" / "validation.csv")] == ["8", "8"]
 
@@ -150,7 +148,7 @@ def test_resuming_a_finished_run_changes_nothing(
     sample: Prepared, tiny_config: Config, tiny_run: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(tiny_run, tmp_path / "run"))
-    run(tiny_config(), sample, folder, resume=True)
+    resume(folder, sample)
     assert_same_run(folder, tiny_run)
 
 
@@ -164,8 +162,7 @@ def test_a_log_that_a_kill_cut_off(
     for name in ("train_log.csv", "validation.csv"):
         whole = (folder / name).read_bytes().splitlines(keepends=True)
         (folder / name).write_bytes(b"".join(whole[:-1]) + tail)
-    config = tiny_config()
-    trainer = open_run(config, sample, folder, resume=True)
+    trainer = open_run(plan_run({}, stored=folder / "config.toml"), sample, folder, resume=True)
     assert trainer.step == 6
     trainer.fit(StopFlag())
     names = ("train_log.csv", "validation.csv", "best/*", "last/*", "checkpoints/step-8/*")
@@ -181,7 +178,7 @@ def test_what_kills_leave_behind(sample: Prepared, tiny_config: Config, tiny_run
     (folder / "best").rename(folder / ".best.agatool-old")  # between the two renames
     shutil.copytree(folder / "last", folder / ".last.agatool-old")  # before the old one went
     (folder / "metrics.csv").unlink()
-    run(tiny_config(), sample, folder, resume=True)
+    resume(folder, sample)
     assert_same_run(folder, tiny_run)
     left = [str(path.relative_to(folder)) for path in folder.rglob("*agatool-*")]
     assert left == []
@@ -198,14 +195,14 @@ def test_resuming_needs_neither_the_starting_weights_nor_a_checkpoint(
     with pytest.raises(StoppedError):
         run(config, sample, tmp_path / "run")
     shutil.rmtree(start)
-    run(config, sample, tmp_path / "run", resume=True)
+    resume(tmp_path / "run", sample)
     names = ("train_log.csv", "best/*", "last/*")
     assert contents(tmp_path / "run", names) == contents(tmp_path / "whole", names)
     # Killed before the first checkpoint: from the beginning.
     early = tmp_path / "early"
     early.mkdir()
     shutil.copy(tiny_run / "config.toml", early)
-    run(tiny_config(), sample, early, resume=True)
+    resume(early, sample)
     assert_same_run(early, tiny_run)
 
 
@@ -216,7 +213,7 @@ def test_a_damaged_checkpoint_is_said_and_left(
     file = folder / "checkpoints" / "step-8" / "trainer.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match=r"step-8.trainer\.safetensors"):
-        run(tiny_config(), sample, folder, resume=True)
+        resume(folder, sample)
     with pytest.raises(CheckpointError, match="does not fit"):
         run(tiny_config("model.embed_dim=8"), sample, Path(shutil.copytree(tiny_run, tmp_path / "other")), resume=True)
 
@@ -264,9 +261,9 @@ def test_ctrl_c_during_the_last_validation(
     shutil.rmtree(folder / "checkpoints" / "step-8")
     monkeypatch.setattr(train, "evaluate", evaluate)
     with pytest.raises(StoppedError, match="after step 8 of 8"):
-        run(tiny_config(), sample, folder, resume=True)
+        resume(folder, sample)
     monkeypatch.undo()
-    run(tiny_config(), sample, folder, resume=True)
+    resume(folder, sample)
     assert_same_run(folder, tiny_run)
 
 
@@ -339,7 +336,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
     assert caught.value.exit_code == 6
     assert [path.name for path in checkpoints(folder / "checkpoints")] == ["step-3", "step-4"]
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)
-    run(tiny_config(), sample, folder, resume=True)
+    resume(folder, sample)
     assert_same_run(folder, tiny_run)
 
 

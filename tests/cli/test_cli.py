@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import click
 import pandas as pd
 import pytest
 import typer
@@ -115,8 +114,7 @@ def test_help_lists_every_command() -> None:
 def test_every_command_shows_examples_that_parse(command: str) -> None:
     text = aga(command, "--help").stdout
     assert "Examples:" in text
-    group = typer.main.get_command(app)
-    assert isinstance(group, click.Group)
+    group: Any = typer.main.get_command(app)
     examples = re.findall(rf"^\s*(aga {command}\b.*)$", group.commands[command].help or "", re.M)
     assert examples
     for line in examples:

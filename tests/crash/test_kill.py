@@ -20,7 +20,7 @@ from agatool.config import RunConfig
 from agatool.data.prepare import Prepared
 from agatool.runs import is_model
 from agatool.train import run
-from tests.conftest import TINY, assert_same_run
+from tests.conftest import TINY, assert_same_run, resume
 
 WRITES = ("open", "os.mkdir", "os.rename", "os.chmod", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
 CHANGING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -61,9 +61,12 @@ def assert_nothing_broken(folder: Path) -> None:
         ]  # fmt: skip
 
 
-def resume(config: RunConfig, sample: Prepared, folder: Path) -> None:
+def run_on(config: RunConfig, sample: Prepared, folder: Path) -> None:
     """What the user types after a kill: --resume, or the command anew where there is no run yet."""
-    run(config, sample, folder, resume=(folder / "config.toml").is_file())
+    if (folder / "config.toml").is_file():
+        resume(folder, sample)
+    else:
+        run(config, sample, folder)
 
 
 # The writes of a run are about 200; these meet its start, checkpoints, pruning, best/, last/ and the reports.
@@ -74,7 +77,7 @@ def test_killed_and_resumed(
     folder = tmp_path / "run"
     assert die_at(moment, lambda: run(tiny_config(), sample, folder), folder)
     assert_nothing_broken(folder)
-    resume(tiny_config(), sample, folder)
+    run_on(tiny_config(), sample, folder)
     assert_same_run(folder, tiny_run)
     assert not list(folder.rglob("*agatool-*"))
 
@@ -86,10 +89,10 @@ def test_killed_again_and_again(
     """A machine that never lives long still finishes, at every third write of what is left."""
     folder, moments = tmp_path / "run", random.Random(0)
     for _ in range(40):
-        if not die_at(moments.randint(10, 45), lambda: resume(tiny_config(), sample, folder), folder):
+        if not die_at(moments.randint(10, 45), lambda: run_on(tiny_config(), sample, folder), folder):
             break
         assert_nothing_broken(folder)
-    resume(tiny_config(), sample, folder)
+    run_on(tiny_config(), sample, folder)
     assert_same_run(folder, tiny_run)
 
 

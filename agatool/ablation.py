@@ -148,8 +148,8 @@ def read_arms(out: Path, seeds: int) -> list[Values]:
 
 
 def _query_metrics(queries: pd.DataFrame) -> QueryMetrics:
-    counts = [queries[column].to_numpy(np.int64) for column in ("relevant", "first_hit")]
-    return QueryMetrics(*counts, queries["ap"].to_numpy(float), queries["inp"].to_numpy(float))
+    relevant, first_hit = (queries[column].to_numpy(np.int64) for column in ("relevant", "first_hit"))
+    return QueryMetrics(relevant, first_hit, queries["ap"].to_numpy(float), queries["inp"].to_numpy(float))
 
 
 def ablation_table(values: list[Values]) -> pd.DataFrame:

@@ -30,7 +30,6 @@ LOG_EVERY_SECONDS = 10.0
 PIPE_WIDTH = 240  # columns where there is no terminal
 
 
-
 def configure(quiet: bool = False) -> None:
     """Set for the whole process whether messages and progress are shown."""
     global _out, _err, _quiet

@@ -5,13 +5,15 @@ Shape suffixes: N images, E shared space.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import os
 import stat
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,8 +29,41 @@ FORMAT = 1  # of index.json; another one is refused
 COLUMNS = {"path": str, "sha256": str, "size": np.int64, "mtime_ns": np.int64}  # of images.csv
 FILES = ("embeddings.safetensors", "images.csv", "skipped.csv", "index.json")
 _KINDS = {"root": str, "model": str, "fingerprint": str, "files": dict, "made_up": list}  # of index.json
+_PART = 1 << 24  # bytes of images.csv looked at together
 _SWAP_SECONDS = 0.2  # a writer puts a new index in an old one's place in far less
 _DAMAGED = "Remove it and build it again with aga index."
+
+
+class Entry(NamedTuple):
+    """A row of images.csv."""
+
+    path: str
+    sha256: str
+    size: int
+    mtime_ns: int
+
+
+class _Lines:
+    """The lines of a text file, found by their place: a million rows as strings would take a gigabyte.
+
+    The file stays open, so that a server goes on reading the index it opened after another one took its place.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb", buffering=0)
+        ends, done = [np.array([-1])], 0
+        while part := self._file.read(_PART):
+            ends.append(np.flatnonzero(np.frombuffer(part, dtype=np.uint8) == ord("\n")) + done)
+            done += len(part)
+        self._ends = np.concatenate(ends)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, line: int) -> str:
+        """A line without its end. Raises UnicodeDecodeError, a ValueError."""
+        start, end = int(self._ends[line]) + 1, int(self._ends[line + 1])
+        return os.pread(self._file.fileno(), end - start, start).decode("utf-8")
 
 
 @dataclass(frozen=True)
@@ -40,15 +75,28 @@ class Index:
     model: Path  # folder or file of the model that made the features
     fingerprint: str  # of that model
     made_up: np.ndarray  # best cosine of each made-up description in this gallery, ascending (agatool.search)
-    images: pd.DataFrame  # path (below root), sha256, size, mtime_ns
+    lines: _Lines  # of images.csv
     embeddings: Tensor  # [N, E] float32, unit length; the file's pages, read when they are used
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.embeddings)
+
+    @cached_property
+    def images(self) -> pd.DataFrame:
+        """All of images.csv: path (below root), sha256, size, mtime_ns. A query needs only some rows of it."""
+        return pd.read_csv(self.folder / "images.csv", dtype=COLUMNS, na_filter=False, encoding="utf-8")
+
+    def entry(self, row: int) -> Entry:
+        """What images.csv says of a row. Raises DataError where that is damaged."""
+        try:
+            name, key, size, mtime_ns = next(csv.reader([self.lines[1 + row]], strict=True))
+            return Entry(name, key, int(size), int(mtime_ns))
+        except (ValueError, csv.Error, StopIteration) as error:
+            raise DataError(f"{self.folder / 'images.csv'} is damaged in row {row}", _DAMAGED) from error
 
     def name(self, row: int) -> str:
         """The image's path below the gallery's root."""
-        return str(self.images["path"].iat[row])
+        return self.entry(row).path
 
     def path(self, row: int) -> Path:
         """The image file of a row. Raises DataError where the index names something outside the gallery."""
@@ -56,13 +104,12 @@ class Index:
 
     def is_current(self, row: int) -> bool:
         """Whether the image file is still what was encoded: by its size and time, in doubt by its content."""
-        known = self.images.iloc[row]
         try:
-            path = self.path(row)
+            known, path = self.entry(row), self.path(row)
             status = regular(path)
-            if status.st_size != known["size"]:
+            if status.st_size != known.size:
                 return False
-            return status.st_mtime_ns == known["mtime_ns"] or sha256(path) == known["sha256"]
+            return status.st_mtime_ns == known.mtime_ns or sha256(path) == known.sha256
         except DataError:
             return False
 
@@ -100,14 +147,12 @@ def read_index(folder: Path) -> Index:
     info = _read_info(folder)
     if info["files"] != described(folder):
         raise DataError(f"{folder} is damaged: its files are not those that index.json describes", _DAMAGED)
-    table = pd.read_csv(folder / "images.csv", dtype=COLUMNS, na_filter=False, encoding="utf-8")
-    embeddings = _mapped(folder / "embeddings.safetensors")
+    lines, embeddings = _Lines(folder / "images.csv"), _mapped(folder / "embeddings.safetensors")
     made_up = np.asarray(info["made_up"], dtype=np.float64)
-    if len(table) != len(embeddings) or made_up.ndim != 1 or not np.isfinite(made_up).all():
+    if len(lines) != 1 + len(embeddings) or made_up.ndim != 1 or not np.isfinite(made_up).all():
         raise DataError(f"{folder} is damaged: its files contradict each other", _DAMAGED)
-    return Index(
-        folder, Path(info["root"]), Path(info["model"]), info["fingerprint"], np.sort(made_up), table, embeddings
-    )
+    root, model = Path(info["root"]), Path(info["model"])
+    return Index(folder, root, model, info["fingerprint"], np.sort(made_up), lines, embeddings)
 
 
 def _read_info(folder: Path) -> dict[str, Any]:

@@ -189,9 +189,8 @@ def open_searcher(
             f"Give its folder with --checkpoint, or build the index again: {index.update_command(Path('MODEL'))}",
         )
     if fingerprint_of(path) != index.fingerprint:
-        raise CheckpointError(
-            f"{target} was made by another model than {path} is now", f"Build it again: {index.update_command(path)}"
-        )
+        what = f"{path} is not the model that made {target}, or changed since"
+        raise CheckpointError(what, f"Build the index again: {index.update_command(path)}")
     target_device = pick_device(device)
     return Searcher(index, load(path).to(target_device), batch_size, use_bf16(target_device, precision))
 

@@ -135,7 +135,7 @@ class RunLog:
         if keep_until and self.path.exists():
             with self.path.open(newline="", encoding="utf-8") as file:
                 for row in list(csv.reader(file))[1:]:
-                    if len(row) == len(self.columns) and row[0].isdigit() and int(row[0]) <= keep_until:
+                    if len(row) == len(self.columns) and row[0].isdecimal() and int(row[0]) <= keep_until:
                         kept.append(row)
         lines = [",".join(row) for row in [list(self.columns), *kept]]
         write_text(self.path, "\n".join(lines) + "\n")
@@ -174,7 +174,8 @@ class Trainer:
     """One run: the objective, its optimiser and its folder."""
 
     def __init__(self, config: RunConfig, prepared: Prepared, start: Start, folder: Path) -> None:
-        self.config, self.prepared, self.folder = config, prepared, folder
+        self.config = config.model_copy(update={"model": start.model.config})  # the weights decide the sizes
+        self.prepared, self.folder = prepared, folder
         train = config.train
         self.device = pick_device(train.device)
         self.bf16 = use_bf16(self.device, train.precision)
@@ -383,19 +384,20 @@ def _resumed_start(config: RunConfig, checkpoint: Path) -> Start:
     return Start(model, set(read_json(checkpoint / "state.json")["new"]), None)
 
 
-def run(config: RunConfig, prepared: Prepared, folder: Path, resume: bool = False) -> Evaluation:
-    """Train in `folder` (already claimed), then evaluate its best model on the test split.
+MEMORY_HINT = "Lower --batch-size, or raise train.accumulate to make up for it."
 
-    A run that is there already is continued with `resume`, else replaced.
+
+def train_model(config: RunConfig, prepared: Prepared, folder: Path, resume: bool = False) -> Trainer:
+    """Train in `folder` (already claimed) to the last step; a run there is continued with `resume`, else replaced.
+
     Raises StoppedError after saving when asked to stop, NonFiniteError, DiskError, OutOfMemoryError, DataError.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with memory_errors("Lower --batch-size, or raise train.accumulate to make up for it."):
+    with memory_errors(MEMORY_HINT):
         trainer = open_run(config, prepared, folder, resume)
-        config = config.model_copy(update={"model": trainer.model.config})  # the weights decide the sizes
+        folder.mkdir(parents=True, exist_ok=True)
         if not resume and (folder / "config.toml").is_file():
             clear(folder)  # as late as this: whatever is wrong has been said by now
-        write_text(folder / "config.toml", to_toml(config))  # first: with it the folder can be resumed
+        write_text(folder / "config.toml", to_toml(trainer.config))  # first: with it the folder can be resumed
         trainer.tokenizer.save(folder / "tokenizer.json")
         size = sum(p.numel() for p in trainer.model.parameters())
         console.info(
@@ -404,11 +406,18 @@ def run(config: RunConfig, prepared: Prepared, folder: Path, resume: bool = Fals
         )
         with StopFlag() as stop:
             trainer.fit(stop)
-        curves_png(folder / "curves.png", pd.read_csv(trainer.log.path), pd.read_csv(trainer.validation.path))
+    return trainer
+
+
+def run(config: RunConfig, prepared: Prepared, folder: Path, resume: bool = False) -> Evaluation:
+    """`train_model`, then draw the curves and evaluate the best model on the test split. Raises what that raises."""
+    trainer = train_model(config, prepared, folder, resume)
+    curves_png(folder / "curves.png", pd.read_csv(trainer.log.path), pd.read_csv(trainer.validation.path))
+    split = "test" if "test" in set(prepared.images["split"]) else "val"
+    with memory_errors(MEMORY_HINT):
         best = load(folder / "best").to(trainer.device)
-        split = "test" if "test" in set(prepared.images["split"]) else "val"
         outcome = evaluate(best, best.tokenizer, prepared, split, config.eval, bf16=trainer.bf16)
-    used = config.model_dump(mode="json", exclude_none=True)
+    used = trainer.config.model_dump(mode="json", exclude_none=True)
     write_evaluation(folder, outcome, prepared, split, "best", _machine(trainer.device, trainer.bf16), used)
     return outcome
 

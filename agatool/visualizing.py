@@ -48,7 +48,7 @@ from agatool.report import write_csv
 from agatool.tokenization import Batch
 
 Format = Literal["png", "pdf", "svg"]
-PAIRS, MEASURED = 4, 500  # pairs drawn, captions measured, where --count is left out
+PAIRS, MEASURED = 4, 200  # pairs drawn, captions measured, where --count is left out
 _BATCH = 16  # captions measured at once
 _MARKS = ("maps.csv", "localisation.csv")  # a folder that holds one of them is an earlier output of ours
 

@@ -16,7 +16,7 @@ from agatool import console
 from agatool.config import RunConfig, plan_run
 from agatool.data.prepare import Prepared, prepare_sample
 from agatool.data.synthetic import SampleSpec, write_sample
-from agatool.train import Trainer, run
+from agatool.train import Trainer, run, train_model
 
 torch.set_num_threads(1)  # same bytes need the same number of threads
 settings.register_profile("agatool", deadline=None)  # a busy machine is no failure
@@ -32,8 +32,12 @@ TINY = (
     "train.checkpoint_every=3", "train.warmup=0.1", "train.lr=0.003", "train.head_lr=0.003", "eval.rerank=4",
     "eval.bootstrap=20",
 )  # fmt: skip
-# What of a run is the same bytes for the same seed, interrupted or not.
-SAME = ("best/*", "last/*", f"checkpoints/step-{STEPS}/*", "*.csv", "config.toml", "tokenizer.json")
+# What of a run is the same bytes for the same seed, interrupted or not; the last two come from evaluating it.
+TRAINED = (
+    "best/*", "last/*", f"checkpoints/step-{STEPS}/*", "train_log.csv", "validation.csv", "config.toml",
+    "tokenizer.json",
+)  # fmt: skip
+EVALUATED = ("metrics.csv", "queries.csv")
 
 
 @pytest.fixture(scope="session")
@@ -63,35 +67,36 @@ def tiny_run(sample: Prepared, tiny_config: Callable[..., RunConfig], tmp_path_f
     return folder
 
 
-def resume(folder: Path, sample: Prepared) -> None:
-    """What `aga train --resume` does."""
-    run(plan_run({}, stored=folder / "config.toml"), sample, folder, resume=True)
+def resume(folder: Path, sample: Prepared) -> Trainer:
+    """What `aga train --resume` does, without the evaluation."""
+    return train_model(plan_run({}, stored=folder / "config.toml"), sample, folder, resume=True)
 
 
-def contents(folder: Path, patterns: tuple[str, ...] = SAME) -> dict[str, bytes]:
+def contents(folder: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
     """Relative path -> bytes of the files that match."""
     files = [file for pattern in patterns for file in folder.glob(pattern) if file.is_file()]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
-def assert_same_run(folder: Path, reference: Path) -> None:
+def assert_same_run(folder: Path, reference: Path, evaluated: bool = False) -> None:
     """The two run folders hold the same bytes; names the files that differ."""
-    ours, theirs = contents(folder), contents(reference)
+    patterns = TRAINED + EVALUATED if evaluated else TRAINED
+    ours, theirs = contents(folder, patterns), contents(reference, patterns)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if ours[name] != theirs[name]] == []
-    assert len(ours) > 10
+    assert len(ours) == 15 + 2 * evaluated
 
 
 @pytest.fixture
 def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], Any]], None]:
-    """`at_step(5, action)` has `action` happen right after training step 5 of whatever run comes next."""
+    """`at_step(5, action)` has `action` happen once, right after the next training step 5."""
+    original = Trainer.run_step
 
     def plan(step: int, action: Callable[[], Any]) -> None:
-        original = Trainer.run_step
-
         def run_step(self: Trainer) -> dict[str, Any]:
             row = original(self)
             if self.step == step:
+                monkeypatch.setattr(Trainer, "run_step", original)
                 action()
             return row
 

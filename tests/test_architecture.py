@@ -25,7 +25,9 @@ ROWS = (
     "enrich indexing",
     "search",
     "results",
-    "serve",
+    "serve visualizing",
+    "options",
+    "commands",
     "cli",
     "__main__",
 )

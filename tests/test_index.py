@@ -439,6 +439,28 @@ def test_paths_that_leave_the_gallery_are_refused(folder: Path, tmp_path: Path) 
         assert not index.is_current(row)
 
 
+@pytest.mark.parametrize("line", [b"1.bmp", b"1.bmp,a,b,c", b'"1.bmp,a,1,2', b"\xff\xfe,a,1,2", b"", b"a,b,1,2,3"])
+def test_a_damaged_row_is_an_error(folder: Path, line: bytes) -> None:
+    lines = (folder / "images.csv").read_bytes().split(b"\n")
+    (folder / "images.csv").write_bytes(b"\n".join([*lines[:3], line, *lines[4:]]))
+    rewrite(folder)
+    index = open_index(folder)
+    assert index.name(1) == "1.bmp"
+    with pytest.raises(DataError, match="row 2"):
+        index.path(2)
+    assert not index.is_current(2)
+
+
+def test_an_open_index_outlives_its_replacement(build: Callable[..., indexing.Outcome], gallery: Path) -> None:
+    index = open_index(build().folder)
+    names, features = [index.name(row) for row in range(10)], index.embeddings.clone()
+    for number in range(5):
+        picture(gallery / f"a{number}.bmp", 200 + number)
+    build()
+    assert [index.name(row) for row in range(10)] == names
+    assert torch.equal(index.embeddings, features)
+
+
 def test_a_link_put_in_an_images_place_is_not_followed_out(
     build: Callable[..., indexing.Outcome], gallery: Path, tmp_path: Path
 ) -> None:

@@ -150,7 +150,7 @@ def test_another_model_is_refused(folder: Path, tiny_run: Path, tmp_path: Path) 
     with torch.no_grad():
         model.vision_proj.bias.add_(0.1)
     save_model(tmp_path / "other", model, "another")
-    with pytest.raises(CheckpointError, match="another model") as caught:
+    with pytest.raises(CheckpointError, match="not the model") as caught:
         open_searcher(folder, tmp_path / "other", device="cpu")
     assert caught.value.hint.endswith(f"--out {folder} --checkpoint {tmp_path / 'other'}")
     info = json.loads((folder / "index.json").read_text())

@@ -138,7 +138,7 @@ def test_training(here: Path, train: list[str], tiny_run: Path) -> None:
     assert "Training 4" in result.stderr
     assert "Training" not in result.stdout
     assert "run/metrics.csv" in result.stderr
-    assert_same_run(here / "run", tiny_run)
+    assert_same_run(here / "run", tiny_run, evaluated=True)
 
 
 def test_training_quietly_and_as_json(here: Path, train: list[str]) -> None:

@@ -19,7 +19,7 @@ from agatool.checkpoint import checkpoints, load
 from agatool.config import RunConfig
 from agatool.data.prepare import Prepared
 from agatool.runs import is_model
-from agatool.train import run
+from agatool.train import run, train_model
 from tests.conftest import TINY, assert_same_run, resume
 
 WRITES = ("open", "os.mkdir", "os.rename", "os.chmod", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
@@ -66,7 +66,7 @@ def run_on(config: RunConfig, sample: Prepared, folder: Path) -> None:
     if (folder / "config.toml").is_file():
         resume(folder, sample)
     else:
-        run(config, sample, folder)
+        train_model(config, sample, folder)
 
 
 # The writes of a run are about 200; these meet its start, checkpoints, pruning, best/, last/ and the reports.
@@ -75,7 +75,7 @@ def test_killed_and_resumed(
     sample: Prepared, tiny_config: Callable[..., RunConfig], tiny_run: Path, tmp_path: Path, moment: int
 ) -> None:
     folder = tmp_path / "run"
-    assert die_at(moment, lambda: run(tiny_config(), sample, folder), folder)
+    assert die_at(moment, lambda: train_model(tiny_config(), sample, folder), folder)
     assert_nothing_broken(folder)
     run_on(tiny_config(), sample, folder)
     assert_same_run(folder, tiny_run)
@@ -102,9 +102,9 @@ def test_killed_while_replacing_a_run(
     """--overwrite: what is left is a run folder that can be overwritten again."""
     for moment in (1, 4, 12, 25):
         folder = Path(shutil.copytree(tiny_run, tmp_path / f"run{moment}"))
-        assert die_at(moment, lambda: run(tiny_config(), sample, folder), folder)  # noqa: B023
+        assert die_at(moment, lambda: train_model(tiny_config(), sample, folder), folder)  # noqa: B023
         assert (folder / "config.toml").is_file() or not any(folder.iterdir())
-    run(tiny_config(), sample, folder)
+    train_model(tiny_config(), sample, folder)
     assert_same_run(folder, tiny_run)
 
 

@@ -91,7 +91,7 @@ def scale(images: int, width: int) -> None:
             found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             print(f"{threads} threads: opened in {found['open']:.2f} s, peak memory {found['peak_gib']:.2f} GiB;")
             print(
-                f"  first query {found['first']:.3f} s, then median {found['median']:.3f} s, longest {found['max']:.3f} s"
+                f"  first query {found["first"]:.3f} s, median {found['median']:.3f} s, longest {found['max']:.3f} s"
             )
         check(folder)
 

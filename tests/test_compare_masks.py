@@ -13,12 +13,22 @@ import torch
 from torch import Tensor
 
 from agatool import ablation, compare_masks
-from agatool.ablation import ARMS, Arm, Values, ablation_table, arm_config, arm_folder, run_ablation, seed_table, train_arms
+from agatool.ablation import (
+    ARMS,
+    Arm,
+    Values,
+    ablation_table,
+    arm_config,
+    arm_folder,
+    run_ablation,
+    seed_table,
+    train_arms,
+)
 from agatool.checkpoint import save_model
 from agatool.compare_masks import MASKS_COLUMNS, STRATEGIES, Comparison, compare, described, mask_table, masking_of
 from agatool.config import MaskingConfig, ModelConfig, RunConfig, build_config
 from agatool.data.images import decode_image, eval_transform, to_tensor
-from agatool.data.prepare import Prepared, prepare_sample, sample_spec
+from agatool.data.prepare import Prepared
 from agatool.data.word_classes import CLASSES, FUNCTION, named, read_truth, usual_class
 from agatool.errors import DataError, UsageError
 from agatool.model import PersonSearchModel

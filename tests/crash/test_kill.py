@@ -19,7 +19,7 @@ from agatool.checkpoint import checkpoints, load
 from agatool.config import RunConfig
 from agatool.data.prepare import Prepared
 from agatool.runs import is_model
-from agatool.train import run, train_model
+from agatool.train import train_model
 from tests.conftest import TINY, assert_same_run, resume
 
 WRITES = ("open", "os.mkdir", "os.rename", "os.chmod", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")

@@ -23,7 +23,7 @@ from agatool.errors import UsageError
 from agatool.masking import word_scores
 from agatool.model import AttentionMaps, PersonSearchModel
 from agatool.objective import class_attention, fillable_ids
-from agatool.tokenization import CONTINUATION, Batch, Encoding, Span, Tokenizer
+from agatool.tokenization import Batch, Encoding, Span, Tokenizer
 
 Mode = Literal["words", "masked"]
 Method = Literal["attention", "gradcam", "occlusion"]
@@ -218,17 +218,17 @@ def _window_covers(cells: int) -> Tensor:
     return ((cell >= first) & (cell < first + _WINDOW)).float()
 
 
-def guesses(logits_TV: Tensor, tokenizer: Tokenizer) -> list[tuple[str, float]]:
-    """The best words for T masked pieces of one word, with their probabilities, best first.
+def guesses(logits_TV: Tensor, original_T: Sequence[int], tokenizer: Tokenizer) -> list[tuple[str, float]]:
+    """The best words for T masked pieces of one word that was `original_T`, with their probabilities, best first.
 
-    The first piece must start a word and the others continue it; the pieces are filled in independently, as the MLM
-    does, so a word's probability is their product.
+    Where a piece started a word or continued it, so do the guesses, and a hyphen stays what it is. The pieces are
+    filled in independently, as the MLM does, so a word's probability is their product.
     """
-    size = logits_TV.shape[1]
-    starts = fillable_ids(tokenizer, size).to(logits_TV.device)
+    fillable = fillable_ids(tokenizer, logits_TV.shape[1])
+    continuing = torch.tensor([tokenizer.is_continuation(piece) for piece in range(logits_TV.shape[1])])
     found: list[tuple[list[int], float]] = [([], 1.0)]
-    for position, logits_V in enumerate(logits_TV):
-        allowed = starts if position == 0 else _continuing(tokenizer, size).to(logits_V.device)
+    for logits_V, original in zip(logits_TV.cpu(), original_T, strict=True):
+        allowed = next((kind for kind in (fillable, continuing) if kind[original]), _only(original, len(logits_V)))
         top = logits_V.masked_fill(~allowed, float("-inf")).softmax(-1).topk(min(GUESSES, int(allowed.sum())))
         pieces = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
         longer = [([*ids, piece], chance * p) for ids, chance in found for piece, p in pieces]
@@ -236,9 +236,9 @@ def guesses(logits_TV: Tensor, tokenizer: Tokenizer) -> list[tuple[str, float]]:
     return [(tokenizer.decode_word(ids), chance) for ids, chance in found]
 
 
-def _continuing(tokenizer: Tokenizer, size: int) -> Tensor:
-    """[V] bool: pieces that continue a word."""
-    return torch.tensor([tokenizer.piece(piece).startswith(CONTINUATION) for piece in range(size)])
+def _only(piece: int, size: int) -> Tensor:
+    """[V] bool."""
+    return torch.arange(size) == piece
 
 
 def patch_grid(model: PersonSearchModel, pixels: Tensor) -> tuple[int, int]:
@@ -343,7 +343,12 @@ def _explain_masked(
         images = image_tokens.expand(len(words_NL), -1, -1)
         seen, logits = look_masked(model, repeated, images, words_NL, model.tokenizer.mask_id)
         parts.append(seen)
-        filled += [guesses(part, model.tokenizer) for part in logits.split(words_NL.sum(1).tolist())]
+        counts = words_NL.sum(1).tolist()
+        originals = repeated.ids[words_NL].split(counts)
+        filled += [
+            guesses(part, ids.tolist(), model.tokenizer)
+            for part, ids in zip(logits.split(counts), originals, strict=True)
+        ]
     return Views(*(torch.cat(maps, dim=1) for maps in zip(*parts, strict=True))), filled
 
 

@@ -15,6 +15,8 @@ from agatool.errors import UsageError
 from agatool.options import (
     DATA,
     MODELS,
+    SEARCH,
+    WORDS,
     Checkpoint,
     DataDir,
     Dataset,
@@ -45,17 +47,18 @@ def main() -> None:
 def _overview() -> None:
     """What `aga --help` says, drawn without Typer: its help page imports a Markdown and a syntax library first."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.panel import Panel
     from rich.table import Table
 
     out = Console(highlight=False)
     out.print(f"\n [bold]Usage:[/] aga [OPTIONS] COMMAND [ARGS]...\n\n {app.info.help}\n")
-    panels: dict[str, list[tuple[str, str]]] = {}
+    panels: dict[str, list[tuple[str, str]]] = {title: [] for title in (DATA, MODELS, WORDS, SEARCH)}
     for command in app.registered_commands:
         assert command.callback is not None
         name = command.name or command.callback.__name__
         summary = (command.callback.__doc__ or "").partition("\n")[0]
-        panels.setdefault(str(command.rich_help_panel), []).append((name, summary))
+        panels[str(command.rich_help_panel)].append((name, escape(summary)))
     panels["Options"] = [
         ("--help, -h", "This page; `aga COMMAND --help` shows a command's options and examples."),
         ("--version", "Show the version and exit."),

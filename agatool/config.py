@@ -177,7 +177,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "text": {"max_tokens": 72},
         },
         "objective": {"queue_size": 1024, "momentum": 0.99, "alpha": 0.2},
-        "train": {"epochs": 2, "batch_size": 64, "lr": 2e-4, "head_lr": 2e-4, "min_lr": 1e-5},
+        "train": {"epochs": 2, "batch_size": 64, "lr": 4e-4, "head_lr": 4e-4, "min_lr": 1e-5},
         "eval": {"rerank": 16, "batch_size": 128},
     },
     # timm ViT-S with a 384-wide BERT split 3 + 3; one GPU, or patience.

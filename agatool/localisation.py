@@ -23,7 +23,7 @@ from agatool.files import contained, read_json
 CLASSES = ("garment", "colour", "accessory")
 JUDGED = ("garment", "colour")  # the classes that the defaults of `aga visualize-attention` are chosen by
 _KINDS = {"clothing": "garment", "pattern": "garment", "colour": "colour", "belonging": "accessory"}
-_BORDER = 2  # cells of the mirrored border; a bicubic kernel reaches so far
+_BORDER = 2  # cells around a map; a bicubic kernel reaches so far
 _BLOB_WIDTH = 0.25  # standard deviation of the centre blob, as a share of the image's height and width
 _TIE = 1e-6  # pixels this close to the peak, relative to it, share it
 
@@ -35,20 +35,24 @@ Setting = tuple[str, str, str, str]  # mode, method, layer, head
 
 @lru_cache(maxsize=64)
 def _bicubic(cells: int, pixels: int) -> np.ndarray:
-    """[pixels, cells]: the matrix that resamples one axis."""
-    mirrored = np.pad(np.eye(cells, dtype=np.float32), ((_BORDER, _BORDER), (0, 0)), mode="reflect")
-    box = (0, _BORDER, cells, _BORDER + cells)
-    return np.asarray(Image.fromarray(mirrored).resize((cells, pixels), Image.Resampling.BICUBIC, box=box))
+    """[pixels, border + cells + border]: the matrix that resamples one axis of a bordered map."""
+    bordered = cells + 2 * _BORDER
+    identity = Image.fromarray(np.eye(bordered, dtype=np.float32))
+    box = (0, _BORDER, bordered, _BORDER + cells)
+    return np.asarray(identity.resize((bordered, pixels), Image.Resampling.BICUBIC, box=box))
 
 
 def upsample(maps_WRC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Heat of patches [W, R, C] -> heat of pixels [W, Y, X] of an image of `size` (height, width), never negative.
 
-    Bicubic, so that a peak between two hot patches lies between them. The border is mirrored about the centres of
-    the outermost patches: repeating them, as usual, would drag every peak of an outermost patch to the edge.
+    Bicubic, so that a peak between two hot patches lies between them. Beyond the border lies what is lower, the patch
+    at the border (repeated, as usual) or its neighbour (mirrored): repeating a peak would drag it to the very edge.
     """
     rows, columns = (_bicubic(cells, pixels) for cells, pixels in zip(maps_WRC.shape[-2:], size, strict=True))
-    return np.maximum(rows @ maps_WRC.astype(np.float32) @ columns.T, 0.0)
+    bordered = maps_WRC.astype(np.float32)
+    for border in (((0, 0), (_BORDER, _BORDER), (0, 0)), ((0, 0), (0, 0), (_BORDER, _BORDER))):
+        bordered = np.minimum(np.pad(bordered, border, mode="reflect"), np.pad(bordered, border, mode="edge"))
+    return np.maximum(rows @ bordered @ columns.T, 0.0)
 
 
 def score(heat_WYX: np.ndarray, mask_WYX: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -90,9 +90,7 @@ def scale(images: int, width: int) -> None:
             command = [sys.executable, __file__, "query", str(folder), "--threads", str(threads)]
             found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             print(f"{threads} threads: opened in {found['open']:.2f} s, peak memory {found['peak_gib']:.2f} GiB;")
-            print(
-                f"  first query {found["first"]:.3f} s, median {found['median']:.3f} s, longest {found['max']:.3f} s"
-            )
+            print(f"  first query {found['first']:.3f} s, median {found['median']:.3f} s, most {found['max']:.3f} s")
         check(folder)
 
 

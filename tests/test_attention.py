@@ -268,21 +268,34 @@ def test_guesses_of_one_piece(tokenizer: Tokenizer) -> None:
     fits = fillable_ids(tokenizer, logits.shape[1])
     chances = logits[0].masked_fill(~fits, float("-inf")).softmax(-1)
     best = chances.argsort(descending=True)[:5].tolist()
-    found = attention.guesses(logits, tokenizer)
+    original = tokenizer.encode(["man"])[0].ids[1]
+    found = attention.guesses(logits, [original], tokenizer)
     assert [word for word, _ in found] == [tokenizer.piece(piece) for piece in best]
     assert [chance for _, chance in found] == pytest.approx(chances[best].tolist())
 
 
-def test_guesses_of_two_pieces_are_the_best_pairs(tokenizer: Tokenizer) -> None:
-    logits = torch.randn(2, tokenizer.vocab_size, generator=torch.Generator().manual_seed(0))
-    pieces = [tokenizer.piece(number) for number in range(tokenizer.vocab_size)]
-    continues = torch.tensor([piece.startswith("##") for piece in pieces])
-    first = logits[0].masked_fill(~fillable_ids(tokenizer, len(pieces)), float("-inf")).softmax(-1)
-    second = logits[1].masked_fill(~continues, float("-inf")).softmax(-1)
-    pairs = first[:, None] * second
-    best = pairs.flatten().argsort(descending=True)[:5].tolist()
-    expected = [tokenizer.decode_word(divmod(number, len(pieces))) for number in best]
-    assert [word for word, _ in attention.guesses(logits, tokenizer)] == expected
+def test_guesses_of_several_pieces_are_the_best_combinations(tokenizer: Tokenizer) -> None:
+    originals = tokenizer.encode(["t-shirqq"])[0].ids[1:-1]
+    pieces = [tokenizer.piece(number) for number in originals]
+    hyphen = pieces.index("-")
+    assert pieces[-1].startswith("##")
+    logits = torch.randn(len(originals), tokenizer.vocab_size, generator=torch.Generator().manual_seed(0))
+    continues = torch.tensor([tokenizer.is_continuation(number) for number in range(tokenizer.vocab_size)])
+    best = []  # the five best of each place: no other can be in the five best combinations
+    for place, piece in enumerate(pieces):
+        allowed = continues if piece.startswith("##") else fillable_ids(tokenizer, tokenizer.vocab_size)
+        chances = logits[place].masked_fill(~allowed, float("-inf")).softmax(-1)
+        best.append([(originals[hyphen], 1.0)] if place == hyphen else
+                    [(int(n), float(chances[n])) for n in chances.argsort(descending=True)[:5]])  # fmt: skip
+    words = {
+        tokenizer.decode_word([n for n, _ in choice]): float(np.prod([p for _, p in choice]))
+        for choice in itertools.product(*best)
+    }
+    expected = sorted(words.items(), key=lambda word: -word[1])[:5]
+    found = attention.guesses(logits, originals, tokenizer)
+    assert [word for word, _ in found] == [word for word, _ in expected]
+    assert all("-" in word for word, _ in found)
+    assert [chance for _, chance in found] == pytest.approx([chance for _, chance in expected], rel=1e-4)
 
 
 def test_token_words_take_every_word_that_a_span_touches(tokenizer: Tokenizer) -> None:
@@ -310,6 +323,13 @@ def test_upsampling_keeps_flat_maps_flat_and_peaks_in_the_middle_of_their_patch(
         if grid[1] > 1:
             assert abs(right + 0.5 - 8 * (column + 0.5)) < 1
         assert heat.min() >= 0
+
+
+def test_heat_does_not_rise_again_at_the_border() -> None:
+    heat = localisation.upsample(np.array([[[0.1, 1, 0.2]] * 3]), (48, 48))[0, 24]
+    assert (np.diff(heat[8:24]) >= 0).all()
+    assert heat[:8].max() < 0.15
+    assert heat[-8:].max() < 0.25
 
 
 def test_a_peak_between_two_hot_patches_lies_between_them() -> None:

@@ -26,10 +26,15 @@ def is_model(folder: Path) -> bool:
 def fresh_run(dataset: str) -> Path:
     """runs/NAME, or runs/NAME-2 and so on where that is taken."""
     number, folder = 1, RUNS / dataset
-    while folder.exists() and any(folder.iterdir()):
+    while _occupied(folder):
         number += 1
         folder = RUNS / f"{dataset}-{number}"
     return folder
+
+
+def _occupied(folder: Path) -> bool:
+    """Whether a folder holds something; hidden files, such as a kill's leftovers, do not count."""
+    return folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir())
 
 
 def claim(folder: Path, resume: bool, overwrite: bool) -> None:
@@ -39,7 +44,7 @@ def claim(folder: Path, resume: bool, overwrite: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file", "Choose another --out.")
-    occupied = folder.is_dir() and any(folder.iterdir())
+    occupied = _occupied(folder)
     if resume and not (folder / "config.toml").is_file():
         raise UsageError(f"There is no run to resume in {folder}", "Leave out --resume, or give its --out.")
     if occupied and overwrite and not (folder / "config.toml").is_file():

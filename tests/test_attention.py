@@ -362,7 +362,7 @@ def test_centre_blob_and_coverage() -> None:
 
 
 def test_measure(model: PersonSearchModel, prepared: Prepared, tmp_path: Path) -> None:
-    table = visualizing.measure(model, prepared, "test", 12, tmp_path)
+    table = visualizing.measure(model, prepared, "test", 4, tmp_path)
     written = pd.read_csv(tmp_path / "localisation.csv")
     assert written.columns.tolist() == table.columns.tolist()
     assert set(table["method"]) == {"attention", "gradcam", "occlusion", "uniform", "centre", "best of grid"}
@@ -378,7 +378,7 @@ def test_measure(model: PersonSearchModel, prepared: Prepared, tmp_path: Path) -
         assert uniform["pointing"] == pytest.approx(uniform["heat_share"])
         assert best["pointing"] > uniform["pointing"]
         assert centre["times_centre"] == pytest.approx(1) or centre["pointing"] == 0
-    again = visualizing.measure(model, prepared, "test", 12, tmp_path)
+    again = visualizing.measure(model, prepared, "test", 4, tmp_path)
     pd.testing.assert_frame_equal(table, again)
     mode, *_ = localisation.best_setting(table, "masked")
     assert mode == "masked"

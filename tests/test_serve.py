@@ -114,9 +114,9 @@ def test_attention_gives_a_map_for_each_word(port: int, searcher: Searcher) -> N
     assert [word["text"] for word in answer["words"]] == ["a", "red", "coat"]
     assert [answer["caption"][word["start"] : word["end"]] for word in answer["words"]] == ["a", "red", "coat"]
     rows, columns = searcher.model.image_encoder.grid
-    for word in answer["words"]:
-        assert len(word["heat"]) == rows
-        assert {len(line) for line in word["heat"]} == {columns}
+    for word in answer["words"]:  # occlusion steps over the patches more finely than their grid
+        assert len(word["heat"]) % rows == 0
+        assert {len(line) for line in word["heat"]} == {columns * len(word["heat"]) // rows}
 
 
 def test_the_page_and_its_parts_need_nothing_from_elsewhere(port: int) -> None:
@@ -270,8 +270,9 @@ def test_type_a_query_look_closer_and_come_back(browser: Browser, port: int, sea
     browser.until("document.getElementById('heat').classList.contains('on')")
     words = browser.read("[...document.querySelectorAll('#words button')].map(b => b.textContent)")
     assert words == ["a", "man", "in", "blue", "jeans"]
-    grid = list(searcher.model.image_encoder.grid)
-    assert browser.read("[document.getElementById('heat').height, document.getElementById('heat').width]") == grid
+    rows, columns = searcher.model.image_encoder.grid
+    height, width = browser.read("[document.getElementById('heat').height, document.getElementById('heat').width]")
+    assert height * columns == width * rows > 0
     browser.press("ArrowRight")
     browser.until("document.getElementById('detail-name').textContent.startsWith('3. ')")
     browser.press("Escape")

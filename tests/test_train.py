@@ -415,7 +415,7 @@ def test_training_learns(sample: Prepared, tiny_config: Config) -> None:
 
 
 def test_parameter_groups(sample: Prepared, tiny_config: Config, tmp_path: Path) -> None:
-    model = open_train_model(tiny_config(), sample, tmp_path, resume=False).model
+    model = open_run(tiny_config(), sample, tmp_path, resume=False).model
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model, {"itm_head.weight", "itm_head.bias"}, lr=1.0, head_lr=2.0, decay=0.1)
     assert sum(len(group["params"]) for group in groups) == len(names)
@@ -426,7 +426,7 @@ def test_parameter_groups(sample: Prepared, tiny_config: Config, tmp_path: Path)
 
 
 def test_phases(sample: Prepared, tiny_config: Config, tmp_path: Path) -> None:
-    trainer = open_train_model(tiny_config("objective.alpha=0.4"), sample, tmp_path, resume=False)
+    trainer = open_run(tiny_config("objective.alpha=0.4"), sample, tmp_path, resume=False)
     phases = [trainer.phase(step) for step in range(STEPS)]
     assert [phase.alpha for phase in phases] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.4])  # over one epoch
     assert [phase.itc_only for phase in phases] == [True] * 2 + [False] * 6

@@ -114,7 +114,11 @@ def evaluation_plan(
     """
     stored = model.parent / "config.toml"
     in_run = model.is_dir() and stored.is_file()
-    run = build_config(read_toml(stored)) if in_run else build_config(preset="tiny" if model == SHIPPED else "base")
+    run = (
+        build_config(read_toml(stored))
+        if in_run
+        else build_config(preset="tiny" if model.resolve() == SHIPPED.resolve() else "base")
+    )
     name = dataset_key(dataset) if dataset else run.data.dataset
     own_data = in_run and name == run.data.dataset and data is None
     folder = Path(run.data.dir) if own_data else data or Path("data") / name

@@ -99,7 +99,9 @@ def test_fresh_names(here: Path) -> None:
     assert fresh_run("sample") == Path("runs/sample-2")
     make_run("sample-2")
     Path("runs/sample-3").mkdir()  # empty is free
+    Path("runs/sample-3/.config.toml.abcdefgh.toml").touch()  # all that a kill left
     assert fresh_run("sample") == Path("runs/sample-3")
+    claim(Path("runs/sample-3"), resume=False, overwrite=False)
 
 
 @pytest.mark.parametrize(("resume", "overwrite"), [(False, False), (True, False), (False, True)])

@@ -18,7 +18,7 @@ import pytest
 from agatool.checkpoint import checkpoints, load
 from agatool.config import RunConfig
 from agatool.data.prepare import Prepared
-from agatool.runs import is_model
+from agatool.runs import claim, is_model
 from agatool.train import train_model
 from tests.conftest import TINY, assert_same_run, resume
 
@@ -69,8 +69,23 @@ def run_on(config: RunConfig, sample: Prepared, folder: Path) -> None:
         train_model(config, sample, folder)
 
 
-# The writes of a run are about 200; these meet its start, checkpoints, pruning, best/, last/ and the reports.
-@pytest.mark.parametrize("moment", [2, 9, 30, 47, 71, 98, 127, 150])
+SLOW = pytest.mark.slow
+MOMENTS = [  # of the 187 writes of this run
+    pytest.param(5, id="before config.toml is there"),
+    pytest.param(20, id="before validation.csv is there", marks=SLOW),
+    pytest.param(34, id="half of the first checkpoint", marks=SLOW),
+    pytest.param(54, id="before the second checkpoint is renamed into place"),
+    pytest.param(76, id="before the first best is renamed into place", marks=SLOW),
+    pytest.param(100, id="best and last written, validation.csv not"),
+    pytest.param(118, id="while an old checkpoint is removed"),
+    pytest.param(158, id="between the two renames of best"),
+    pytest.param(159, id="before the former best is removed", marks=SLOW),
+    pytest.param(183, id="between the two renames of last", marks=SLOW),
+    pytest.param(187, id="before the last line of validation.csv"),
+]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_and_resumed(
     sample: Prepared, tiny_config: Callable[..., RunConfig], tiny_run: Path, tmp_path: Path, moment: int
 ) -> None:
@@ -103,7 +118,7 @@ def test_killed_while_replacing_a_run(
     for moment in (1, 4, 12, 25):
         folder = Path(shutil.copytree(tiny_run, tmp_path / f"run{moment}"))
         assert die_at(moment, lambda: train_model(tiny_config(), sample, folder), folder)  # noqa: B023
-        assert (folder / "config.toml").is_file() or not any(folder.iterdir())
+        claim(folder, resume=False, overwrite=True)
     train_model(tiny_config(), sample, folder)
     assert_same_run(folder, tiny_run)
 

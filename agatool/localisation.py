@@ -201,3 +201,8 @@ def best_setting(table: pd.DataFrame, mode: str) -> Setting:
     judged = table[(table["mode"] == mode) & table["class"].isin(JUDGED)]
     means = judged.groupby(["mode", "method", "layer", "head"], sort=False)["pointing"].mean()
     return tuple(means.idxmax())
+
+
+def records(table: pd.DataFrame) -> list[dict[str, object]]:
+    """The table's rows for JSON, which has no NaN."""
+    return table.astype(object).where(table.notna(), None).to_dict("records")

@@ -209,6 +209,23 @@ def _tables(explained: Sequence[Explanation], look: Look) -> dict[str, pd.DataFr
     }
 
 
+def summary(explained: Sequence[Explanation]) -> list[dict[str, object]]:
+    """What the tables hold but for the maps, for JSON."""
+    return [
+        {
+            "pair": each.pair.name,
+            "image": str(each.pair.image),
+            "caption": each.pair.caption,
+            "match": each.match,
+            "words": [
+                {"word": word.text, "number": word.number, "class_attention": word.attention, "guesses": word.guesses}
+                for word in each.shown
+            ],
+        }
+        for each in explained
+    ]
+
+
 # -- measuring ------------------------------------------------------------------------------------------------------
 
 

@@ -382,6 +382,7 @@ def test_measure(model: PersonSearchModel, prepared: Prepared, tmp_path: Path) -
     pd.testing.assert_frame_equal(table, again)
     mode, *_ = localisation.best_setting(table, "masked")
     assert mode == "masked"
+    assert len(json.loads(json.dumps(localisation.records(table), allow_nan=False))) == len(table)
     header, cells = localisation.table_rows(table)
     assert all(len(row) == len(header) for row in cells)
 
@@ -489,6 +490,9 @@ def test_files_of_visualize(model: PersonSearchModel, prepared: Prepared, tmp_pa
     words = pd.read_csv(tmp_path / "one" / "words.csv", na_filter=False)
     assert words.groupby("pair")["class_attention"].sum().tolist() == pytest.approx([1, 1], abs=1e-5)
     assert words["guesses"].str.count(":").max() == 5
+    told = json.loads(json.dumps(visualizing.summary(explained)))
+    assert [each["pair"] for each in told] == [pair.name for pair in pairs]
+    assert [word["word"] for word in told[0]["words"]] == [word.text for word in explained[0].shown]
     visualizing.visualize(model, pairs, Look("masked"), None, tmp_path / "two")
     for name in files:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name

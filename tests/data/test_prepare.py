@@ -312,7 +312,13 @@ def test_ctrl_c_stops_decoding_promptly_and_leaves_nothing(tmp_path: Path) -> No
     (raw / "list.csv").write_text("\n".join(["image,caption,id", *rows]))
     code = "import sys; from agatool.data.prepare import prepare; prepare('custom', sys.argv[1], sys.argv[2])"
     out = tmp_path / "data"
-    with subprocess.Popen([sys.executable, "-c", code, raw, out], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, raw, out],
+        stderr=subprocess.PIPE,
+        text=True,
+        # a job in a shell's background ignores Ctrl-C, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         assert process.stderr is not None
         assert "no split" in process.stderr.readline()  # the annotations are read; decoding comes next
         time.sleep(0.5)

@@ -74,7 +74,8 @@ def enrich(
     top_k: Annotated[int, typer.Option(min=1, help="For --decode top-k.")] = 5,
     temperature: Annotated[float, typer.Option(min=0.01, help="Of the MLM's distribution.")] = 1.0,
     min_probability: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Replace a word only when the model is surer than this.")
+        float | None,
+        typer.Option(min=0, max=1, help="Replace a word only when the model is surer than this. Default 0.9."),
     ] = None,
     variants: Annotated[int, typer.Option(min=1, help="Enriched captions for each caption.")] = 1,
     seed: Annotated[int, typer.Option(min=0)] = 0,

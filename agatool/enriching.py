@@ -26,7 +26,7 @@ from agatool.model import Encoded, ImageKeysValues, PersonSearchModel
 from agatool.objective import class_attention, fill_words, fillable_ids
 from agatool.tokenization import STOP_WORDS, Batch, Encoding, Span, Tokenizer
 
-ROUNDS = 3
+ROUNDS = 3  # turns in which a caption's words are masked; docs/enrich.md compares with one
 # Vowel letters that sound like consonants, and the other way round: a uniform, an hour.
 _VOWEL_SOUND = re.compile(r"(?!uni|use|one|eu)[aeiou]|hour|honest", re.IGNORECASE)
 
@@ -39,7 +39,7 @@ class EnrichConfig(Section):
     decode: Literal["argmax", "top-k", "sample"] = "argmax"
     top_k: int = Field(5, ge=1)
     temperature: float = Field(1.0, gt=0)
-    min_probability: float = Field(0.5, ge=0, le=1)
+    min_probability: float = Field(0.9, ge=0, le=1)
     variants: int = Field(1, ge=1)
     seed: int = Field(0, ge=0)
     text_only: bool = False

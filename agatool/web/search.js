@@ -106,7 +106,7 @@ function words(answer) {
   }
   $("words").replaceChildren(...nodes, answer.caption.slice(end));
   $("words").hidden = false;
-  $("told").textContent = "Choose a word to see where the model looks for it; the darker, the more the word counts.";
+  $("told").textContent = "Choose a word to see where the model looks for it; the stronger its colour, the more it counts.";
   const first = answer.words.filter((word) => word.heat).sort((a, b) => b.attention - a.attention)[0];
   if (first) press(first);
 }

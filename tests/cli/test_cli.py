@@ -148,9 +148,7 @@ def test_training_quietly_and_as_json(here: Path, train: list[str]) -> None:
     assert document["folder"] == "runs/sample"
     assert {row["metric"] for row in document["metrics"]} == {"R@1", "R@5", "R@10", "mAP", "mINP"}
     assert document["metrics"][0]["low"] is None  # no resamples, no interval
-    silent = aga(*train, "--max-steps", 1, "-q")
-    assert (silent.exit_code, silent.stdout, silent.stderr) == (0, "", "")
-    assert (here / "runs" / "sample-2" / "metrics.csv").is_file()
+    assert (here / "runs" / "sample" / "metrics.csv").is_file()
 
 
 def test_print_config_can_be_given_back(here: Path, train: list[str]) -> None:
@@ -177,27 +175,23 @@ def test_dry_run_with_few_or_accumulated_steps(here: Path, train: list[str]) -> 
         assert aga(*train, "--dry-run", *extra).exit_code == 0
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_and_resumed(
-    here: Path, train: list[str], tiny_run: Path, at_step: Callable[..., None], number: signal.Signals, code: int
-) -> None:
-    at_step(5, press(number))
-    said = refused(code, *train, "--out", "runs/mine")
+def test_stopped_and_resumed(here: Path, train: list[str], tiny_run: Path, at_step: Callable[..., None]) -> None:
+    at_step(5, press(signal.SIGINT))
+    said = refused(130, *train, "--out", "runs/mine")
     assert "Stopped after step 5 of 8; everything is saved" in said
     command = re.search(r"Continue with: aga (.*)", said)
     assert command is not None
     assert aga(*command[1].split()).exit_code == 0  # what the hint says, as it says it
-    assert_same_run(here / "runs" / "mine", tiny_run)
+    assert_same_run(here / "runs" / "mine", tiny_run, evaluated=True)
 
 
 def test_resume_finds_the_newest_run(here: Path, train: list[str], at_step: Callable[..., None]) -> None:
-    at_step(1, press(signal.SIGINT))
-    refused(130, *train, "--max-steps", 2)
-    result = aga("train", "--resume")
-    assert result.exit_code == 0
-    assert "steps 1 to 2" in result.stderr
-    assert aga("train", "--resume", "--dataset", "sample", "--max-steps", 3).exit_code == 0
+    at_step(1, press(signal.SIGTERM))
+    refused(143, *train, "--max-steps", 2)
     assert "no run to resume" in refused(2, "train", "--resume", "--dataset", "cuhk-pedes")
+    result = aga("train", "--resume", "--dataset", "sample", "--max-steps", 3)
+    assert result.exit_code == 0
+    assert "steps 1 to 3" in result.stderr
 
 
 def test_evaluating(here: Path, tiny_run: Path) -> None:
@@ -325,7 +319,6 @@ def test_an_occupied_run_folder(here: Path, train: list[str], tiny_run: Path) ->
     [
         (["--checkpoint", "nowhere"], 4, "not a model folder or a run"),
         (["--checkpoint", "."], 4, "not a model folder or a run"),
-        (["--checkpoint", "empty.pth"], 4, "empty.pth"),
         (["--split", "none"], 3, "no split 'none'"),
         (["--data", "nowhere", "--dataset", "rstpreid"], 3, "No prepared data set at nowhere"),
         (["--dataset", "imagenet"], 3, "Unknown data set 'imagenet'"),
@@ -333,7 +326,6 @@ def test_an_occupied_run_folder(here: Path, train: list[str], tiny_run: Path) ->
     ],
 )
 def test_wrong_words_to_eval(here: Path, tiny_run: Path, words: list[str], code: int, says: str) -> None:
-    Path("empty.pth").touch()
     checkpoint = [] if "--checkpoint" in words else ["--checkpoint", tiny_run]
     assert says in refused(code, "eval", *checkpoint, *words)
 
@@ -344,6 +336,8 @@ def test_a_broken_model_and_broken_data(here: Path, tiny_run: Path, sample: Prep
     data = ["--data", sample.folder, "--dataset", "sample"]
     assert "model.safetensors" in refused(4, "eval", "--checkpoint", model, *data)
     assert "model.safetensors" in refused(4, "train", "--init", model, "--data", sample.folder)
+    Path("empty.pth").touch()
+    assert "empty.pth" in refused(4, "eval", "--checkpoint", "empty.pth", *data)
     prepared = Path(shutil.copytree(sample.folder, here / "data"))
     (prepared / "raw" / "imgs" / sample.images["path"].iloc[-1]).write_bytes(b"\xff\xd8 no more")
     assert "Cannot read image" in refused(

@@ -248,7 +248,7 @@ def train(
     from agatool.data.annotations import dataset_key
     from agatool.runs import claim, fresh_run, newest_run
 
-    name = dataset_key(dataset) if dataset else None
+    name = dataset_key(dataset) if dataset else _name_of(data)
     folder = out or (newest_run(name or "") if resume else None)
     if resume and folder is None:
         raise UsageError("There is no run to resume below runs/", "Give its folder with --out.")
@@ -283,6 +283,15 @@ def train(
     _show_metrics(run(settings, prepared, folder, resume), folder, json_)
 
 
+def _name_of(data: Path | None) -> str | None:
+    """Of which data set the folder given as --data was prepared; None where that is not known yet."""
+    if data is None or not (data / "dataset.json").is_file():
+        return None
+    from agatool.data.prepare import prepared_name
+
+    return prepared_name(data)
+
+
 def _dry_run(settings: Any, root: Path | None) -> None:
     """Show what a run would cost; data that is not prepared yet is prepared in a folder that goes away again."""
     import tempfile
@@ -308,10 +317,14 @@ def evaluate(
     root: Root = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     rerank: Annotated[
-        int | None, typer.Option(min=0, help="Candidates re-ranked by ITM, 0 for cosine alone. Default 128.")
+        int | None,
+        typer.Option(min=0, help="Candidates re-ranked by ITM, 0: cosine alone. Default: the run's, or 128."),
     ] = None,
     direction: Annotated[Direction, typer.Option(help="Text-to-image, image-to-text or both.")] = Direction.both,
-    tail: Annotated[Tail, typer.Option(help="Order past the candidates; reference: as published.")] = Tail.itc,
+    tail: Annotated[
+        Tail | None,
+        typer.Option(help="Order past the candidates; reference: as published. Default: the run's, or itc."),
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for metrics.csv and queries.csv; default the run's folder.")
@@ -334,11 +347,13 @@ def evaluate(
     from agatool.runs import evaluation_plan, find_model
 
     model_folder = find_model(checkpoint)
-    given = {"rerank": rerank, "tail": tail.value, "batch_size": batch_size}
+    given = {"rerank": rerank, "tail": tail.value if tail else None, "batch_size": batch_size}
     plan = evaluation_plan(model_folder, dataset, data, split, given, out)
 
+    from agatool.checkpoint import load
     from agatool.data.prepare import find_data
 
+    model = load(model_folder)  # before the data, which may take minutes to prepare
     prepared = find_data(plan.dataset, plan.data, root)
 
     from agatool.retrieval import DIRECTIONS
@@ -346,7 +361,7 @@ def evaluate(
 
     directions = [name for name in DIRECTIONS if direction in (name, Direction.both)]
 
-    outcome = evaluate_model(model_folder, prepared, split, plan.config, directions, device, precision, plan.out)
+    outcome = evaluate_model(model, model_folder, prepared, split, plan.config, directions, device, precision, plan.out)
     _show_metrics(outcome, plan.out, json_)
 
 

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,6 +23,9 @@ from agatool.options import (
     app,
     reporting,
 )  # fmt: skip
+
+if TYPE_CHECKING:
+    from agatool.data.prepare import Prepared
 
 
 class Decode(StrEnum):
@@ -193,7 +196,7 @@ def visualize_attention(
     root: Root = None,
     split: Split = "test",
     query: Annotated[int | None, typer.Option(help="One caption of the data set, by caption_id.")] = None,
-    count: Annotated[int | None, typer.Option(min=1, help="Pairs drawn (4), or captions measured (500).")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Pairs drawn (4), or captions measured (200).")] = None,
     captions: Annotated[Path | None, typer.Option(help="A caption file instead of a data set.")] = None,
     image_root: Annotated[Path | None, typer.Option(help="Where its image paths start; default beside it.")] = None,
     words: Annotated[str | None, typer.Option(help="Such as red,backpack, or all; default the most attended.")] = None,
@@ -219,15 +222,18 @@ def visualize_attention(
 
       aga visualize-attention --dataset sample --measure --out localisation
     """
-    from agatool import console
-    from agatool.checkpoint import load
-    from agatool.data.prepare import find_data
-    from agatool.runs import evaluation_plan, find_model
-    from agatool.train import pick_device
-
     if (image is None) != (text is None):
         raise UsageError("--image and --text go together", 'Add --text "..." or --image FILE.')
+    sources = {"--image": image, "--captions": captions, "--query": query, "--measure": measure or None}
+    given = [name for name, value in sources.items() if value is not None]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} do not go together", "Choose one of them.")
+
+    from agatool import console
     from agatool.attention import Look
+    from agatool.checkpoint import load
+    from agatool.machine import memory_errors, pick_device
+    from agatool.runs import find_model
     from agatool.visualizing import (
         MEASURED,
         PAIRS,
@@ -235,37 +241,48 @@ def visualize_attention(
         claim_output,
         dataset_pairs,
         single_pair,
+        summary,
         visualize,
     )  # fmt: skip
     from agatool.visualizing import measure as measure_maps
 
     folder = find_model(checkpoint)
+    model = load(folder).to(pick_device(device))
+    if measure:
+        from agatool.localisation import records, table_rows
+
+        prepared = _data_of(folder, dataset, data, root, split)
+        claim_output(out, overwrite)
+        with memory_errors("Use --device cpu."):
+            table = measure_maps(model, prepared, split, count or MEASURED, out)
+        if json_:
+            console.result_json({"folder": str(out), "localisation": records(table)})
+        else:
+            console.table(f"Maps against part masks, {split} of {prepared.name}", *table_rows(table))
+        return
+    look = Look(mode.value, method.value if method else None, layer, head).settled(model)
     if image is not None and text is not None:
         pairs = [single_pair(image, text)]
     elif captions is not None:
         pairs = captions_pairs(captions, image_root, count or PAIRS)
     else:
-        plan = evaluation_plan(folder, dataset, data, split, {}, out)
-        prepared = find_data(plan.dataset, plan.data, root)
-        if measure:
-            claim_output(out, overwrite)
-            table = measure_maps(load(folder).to(pick_device(device)), prepared, split, count or MEASURED, out)
-            if json_:
-                console.result_json({"folder": str(out), "localisation": table.to_dict("records")})
-                return
-            from agatool.localisation import table_rows
-
-            console.table(f"Maps against part masks, {split} of {prepared.name}", *table_rows(table))
-            return
-        pairs = dataset_pairs(prepared, split, count or PAIRS, query)
+        pairs = dataset_pairs(_data_of(folder, dataset, data, root, split), split, count or PAIRS, query)
     claim_output(out, overwrite)
-    look = Look(mode.value, method.value if method else None, layer, head)
-    explained = visualize(load(folder).to(pick_device(device)), pairs, look, words, out, format_.value)
+    with memory_errors("Use --device cpu."):
+        explained = visualize(model, pairs, look, words, out, format_.value)
     if json_:
-        document = [{"pair": each.pair.name, "caption": each.pair.caption, "match": each.match} for each in explained]
-        console.result_json({"folder": str(out), "pairs": document})
+        console.result_json({"folder": str(out), "pairs": summary(explained)})
         return
     console.result(f"{len(explained)} pairs in {out}: contact_sheet.{format_.value}, a picture each, maps.csv")
+
+
+def _data_of(model: Path, dataset: str | None, data: Path | None, root: Path | None, split: str) -> "Prepared":
+    """The data set that was asked for, or the one that the model was trained on."""
+    from agatool.data.prepare import find_data
+    from agatool.runs import evaluation_plan
+
+    plan = evaluation_plan(model, dataset, data, split, {}, None)
+    return find_data(plan.dataset, plan.data, root)
 
 
 @app.command(rich_help_panel=SEARCH)

@@ -26,6 +26,7 @@ from agatool.data.word_classes import CLASSES, FUNCTION, OTHER, WordTruth, named
 from agatool.encoding import ImageSet, encode_images, finite, inference, model_device
 from agatool.errors import DataError
 from agatool.files import contained
+from agatool.machine import memory_errors, pick_device, use_bf16
 from agatool.mask_figures import Guess, ShownCaption, Word, captions_html, masks_png
 from agatool.masking import Chosen, Strategy, select_words, word_scores
 from agatool.metrics import paired_test
@@ -33,7 +34,6 @@ from agatool.model import ImageKeysValues, PersonSearchModel
 from agatool.objective import class_attention
 from agatool.report import write_csv
 from agatool.tokenization import Batch, Encoding
-from agatool.train import memory_errors, pick_device, use_bf16
 
 STRATEGIES: tuple[Strategy, ...] = ("random", "content", "attention")
 IMAGES = ("image", "other_image", "no_image")  # what the model looks at while it fills words in

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from agatool.config import RunConfig
 from agatool.data.prepare import Prepared
-from agatool.train import Trainer, memory_errors, open_run
+from agatool.machine import memory_errors
+from agatool.train import Trainer, open_run
 
 
 def estimate(config: RunConfig, prepared: Prepared) -> list[list[str]]:

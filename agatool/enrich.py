@@ -24,9 +24,9 @@ from agatool.encoding import in_order
 from agatool.enriching import EnrichConfig, Enricher, Version, usual_words, whole_words
 from agatool.errors import CheckpointError, DataError, StoppedError, UsageError
 from agatool.files import atomic_file, contained, read_json, write_json
+from agatool.machine import memory_errors, pick_device, use_bf16
 from agatool.model import PersonSearchModel
 from agatool.report import write_csv
-from agatool.train import memory_errors, pick_device, use_bf16
 from agatool.truth import Truth
 
 CHUNK = 256  # records done at a time: what a kill loses, and what memory holds

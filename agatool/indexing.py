@@ -42,10 +42,10 @@ from agatool.index import (
     regular,
     sha256,
 )
+from agatool.machine import StopFlag, memory_errors, pick_device, use_bf16
 from agatool.model import PersonSearchModel
 from agatool.report import write_csv
 from agatool.runs import find_model
-from agatool.train import StopFlag, memory_errors, pick_device, use_bf16
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 FLUSH_SECONDS = 20.0  # work that a kill can cost

@@ -153,7 +153,9 @@ class ConvStem(nn.Module):
     """Stride-2 3x3 convolutions down to one token per `patch` pixels.
 
     From scratch on little data this learns where one big linear patch projection does not (Xiao et al. 2021, "Early
-    convolutions help transformers see better").
+    convolutions help transformers see better"). `summarise` starts [CLS] from a linear view of the whole grid, each
+    place with its own weights: people stand upright in their crops, so the place says which part is seen (the idea of
+    part-based re-identification, Sun et al. 2018), and attention from a constant [CLS] finds small parts very late.
     """
 
     def __init__(
@@ -163,7 +165,8 @@ class ConvStem(nn.Module):
         stages = patch_size.bit_length() - 1
         if 2**stages != patch_size:
             raise ValueError(f"model.patch must be a power of two with a conv stem, not {patch_size}")
-        self.num_patches = (img_size[0] // patch_size) * (img_size[1] // patch_size)
+        self.grid = (img_size[0] // patch_size, img_size[1] // patch_size)
+        self.num_patches = self.grid[0] * self.grid[1]
         self.patch_size = (patch_size, patch_size)
         layers: list[nn.Module] = []
         for stage in range(1, stages + 1):
@@ -172,10 +175,17 @@ class ConvStem(nn.Module):
             in_chans = channels
         self.stages = nn.Sequential(*layers)
         self.proj = nn.Conv2d(in_chans, embed_dim, 1)
+        self.summary = nn.Linear(self.num_patches * embed_dim, embed_dim)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, height, width] -> [B, rows, columns, H]."""
         return self.proj(self.stages(images)).permute(0, 2, 3, 1)
+
+    def summarise(self, patches: Tensor) -> Tensor:
+        """[B, rows, columns, H] -> [B, 1, H]; another grid is averaged to the one that the weights know."""
+        if patches.shape[1:3] != self.grid:
+            patches = F.adaptive_avg_pool2d(patches.permute(0, 3, 1, 2), self.grid).permute(0, 2, 3, 1)
+        return self.summary(patches.flatten(1))[:, None]
 
 
 def resample_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -224,6 +234,8 @@ class ImageEncoder(nn.Module):
         patches = vit.patch_embed(images)
         rows, columns = patches.shape[1:3]
         cls = vit.cls_token.expand(len(images), -1, -1)
+        if isinstance(vit.patch_embed, ConvStem):
+            cls = cls + vit.patch_embed.summarise(patches)
         x = torch.cat([cls, patches.flatten(1, 2)], dim=1)
         x = vit.pos_drop(x + resample_positions(vit.pos_embed, self.grid, (rows, columns)))
         return vit.norm(vit.blocks(vit.norm_pre(x)))

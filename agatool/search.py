@@ -22,10 +22,10 @@ from agatool.errors import CheckpointError, DataError, UsageError
 from agatool.hint import ABSENT, share_as_good
 from agatool.index import Index, fingerprint_of, is_index, open_index
 from agatool.indexing import build_index, default_index
+from agatool.machine import memory_errors, pick_device, use_bf16
 from agatool.model import PersonSearchModel
 from agatool.retrieval import rerank, reranked, top_k
 from agatool.runs import find_model
-from agatool.train import memory_errors, pick_device, use_bf16
 
 RERANK = 128  # candidates, as in evaluation
 _CHUNK = 32  # queries whose candidates are encoded together

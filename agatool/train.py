@@ -1,17 +1,14 @@
-"""The training loop: steps, stop flag, non-finite guard, validation, checkpoints, resume."""
+"""The training loop: steps, non-finite guard, validation, checkpoints, resume."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import math
 import os
-import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pandas as pd
@@ -34,19 +31,12 @@ from agatool.config import EvalConfig, RunConfig, read_toml, to_toml
 from agatool.convert import new_model
 from agatool.data.prepare import Prepared
 from agatool.data.sampling import TrainingData, stream_seed
-from agatool.errors import (
-    INTERRUPTED,
-    TERMINATED,
-    DataError,
-    DiskError,
-    NonFiniteError,
-    OutOfMemoryError,
-    StoppedError,
-    UsageError,
-)
+from agatool.errors import DataError, DiskError, NonFiniteError, StoppedError
 from agatool.files import read_json, write_json, write_text
 from agatool.html_report import write_report
 from agatool.interop import Start, start_model
+from agatool.machine import StopFlag, memory_errors, pick_device, use_bf16
+from agatool.model import PersonSearchModel
 from agatool.objective import Objective, Phase, StepLosses
 from agatool.report import curves_png, evaluation_record, metric_table, write_csv
 from agatool.retrieval import Direction, Evaluation, evaluate
@@ -58,56 +48,6 @@ LOG_COLUMNS = (
     "temperature", "gradient_norm", "tem_replaced", "tem_same", "tem_probability",
 )  # fmt: skip
 VALIDATION_COLUMNS = ("step", "epoch", "stage", "R@1", "R@5", "R@10", "mAP", "mINP")
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises UsageError when CUDA is asked for and not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda, but PyTorch sees no GPU here", "Use --device cpu.")
-    return torch.device(name)
-
-
-def use_bf16(device: torch.device, precision: str) -> bool:
-    """bfloat16 on a GPU unless told otherwise; float32 on a CPU, where bfloat16 is far slower."""
-    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
-
-
-@contextlib.contextmanager
-def memory_errors(hint: str) -> Iterator[None]:
-    """Running out of memory becomes one message with a way out."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemoryError(
-            f"Out of memory: {str(error).splitlines()[0] if str(error) else 'host'}", hint
-        ) from error
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
-            raise
-        raise OutOfMemoryError("Out of memory on this machine", hint) from error
-
-
-class StopFlag:
-    """Ctrl-C and SIGTERM ask the loop to save and stop; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.code: int | None = None
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.code is not None:
-            raise KeyboardInterrupt
-        self.code = INTERRUPTED if number == signal.SIGINT else TERMINATED
-        console.info("Stopping after this step; press Ctrl-C again to stop at once.")
-
-    def __enter__(self) -> StopFlag:
-        self._former = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
 
 
 def parameter_groups(model: nn.Module, new: set[str], lr: float, head_lr: float, decay: float) -> list[dict[str, Any]]:
@@ -423,6 +363,7 @@ def run(config: RunConfig, prepared: Prepared, folder: Path, resume: bool = Fals
 
 
 def evaluate_model(
+    model: PersonSearchModel,
     model_folder: Path,
     prepared: Prepared,
     split: str,
@@ -432,12 +373,11 @@ def evaluate_model(
     precision: str,
     out: Path,
 ) -> Evaluation:
-    """`aga eval`: open a model, evaluate it on a split, write the CSVs and the report into `out`."""
+    """`aga eval`: evaluate `model`, opened from `model_folder`, on a split; the CSVs and the report go into `out`."""
     target = pick_device(device)
     bf16 = use_bf16(target, precision)
-    model = load(model_folder).to(target)
     with memory_errors("Lower --batch-size."):
-        outcome = evaluate(model, model.tokenizer, prepared, split, config, directions, bf16)
+        outcome = evaluate(model.to(target), model.tokenizer, prepared, split, config, directions, bf16)
     stored = model_folder.parent / "config.toml"
     in_run = model_folder.is_dir() and stored.is_file()
     trained = read_toml(stored) if in_run else {"model": model.config.model_dump(mode="json", exclude_none=True)}

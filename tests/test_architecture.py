@@ -15,7 +15,7 @@ LONGEST = 600  # lines
 ROWS = (
     "errors",
     "files console config metrics",
-    "data.images data.figure data.captioning data.rendering foreign page",
+    "data.images data.figure data.captioning data.rendering foreign page machine",
     "tokenization data.annotations data.synthetic model report",
     "data.prepare masking checkpoint captions charts heatmaps mask_figures run_files",
     "data.word_classes data.sampling convert encoding html_report localisation runs",

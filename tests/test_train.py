@@ -22,7 +22,8 @@ from agatool.checkpoint import checkpoints
 from agatool.config import RunConfig, plan_run
 from agatool.data.prepare import Prepared
 from agatool.errors import CheckpointError, DataError, DiskError, NonFiniteError, StoppedError, UsageError
-from agatool.train import LOG_COLUMNS, RunLog, open_run, parameter_groups, pick_device, run, train_model
+from agatool.machine import pick_device
+from agatool.train import LOG_COLUMNS, RunLog, open_run, parameter_groups, run, train_model
 from tests.conftest import STEPS, STEPS_PER_EPOCH, assert_same_run, contents, press, resume
 
 Config = Callable[..., RunConfig]

@@ -442,6 +442,11 @@ def _read_info(folder: Path) -> dict[str, Any]:
     return info
 
 
+def prepared_name(folder: Path) -> str:
+    """Of which data set `folder` was prepared. Raises DataError where its dataset.json is damaged."""
+    return str(_read_info(folder)["name"])
+
+
 def load_prepared(folder: Path) -> Prepared:
     """Open a prepared folder; DataError where it is none, incomplete, changed since, or without its images."""
     folder = Path(folder)

@@ -160,6 +160,13 @@ def test_print_config_can_be_given_back(here: Path, train: list[str]) -> None:
     assert files(here) == {"run.toml"}
 
 
+def test_prepared_data_says_its_own_name(here: Path, sample: Prepared) -> None:
+    assert aga("prepare", "--dataset", "rstpreid", "--root", sample.folder / "raw", "-q").exit_code == 0
+    shown = aga("train", "--data", "data/rstpreid", "--print-config").stdout
+    assert 'dataset = "rstpreid"' in shown
+    assert 'init = "scratch"' in shown
+
+
 def test_dry_run_writes_nothing(here: Path, train: list[str], sample: Prepared) -> None:
     before = files(sample.folder)
     result = aga(*train, "--dry-run")
@@ -224,6 +231,7 @@ def test_evaluating_another_way(here: Path, tiny_run: Path) -> None:
     queries = pd.read_csv("here/queries.csv")
     assert len(queries) == 8  # the images of val
     assert aga(*words, "--tail", "reference", "-q").output == ""
+    assert json.loads(Path("here/evaluation.json").read_text())["config"]["eval"]["tail"] == "reference"
 
 
 def test_evaluating_on_another_data_set(here: Path, tiny_run: Path, sample: Prepared) -> None:
@@ -374,3 +382,27 @@ def test_preparing_the_sample(here: Path) -> None:
     assert "nothing to do" in aga(*words).stderr
     assert aga(*words, "-q").output == ""
     assert "identities" in aga("prepare", "--identities", 3).stderr
+
+
+# --- visualize-attention ---
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--captions", "c.json", "--query", 3], "--captions and --query do not go together"),
+        (["--image", "x.png", "--text", "a man", "--measure"], "--image and --measure do not go together"),
+        (["--text", "a man"], "--image and --text go together"),
+    ],
+)
+def test_wrong_words_to_visualize_attention(here: Path, words: list[str], says: str) -> None:
+    assert says in refused(2, "visualize-attention", *words)
+
+
+def test_a_wrong_layer_leaves_the_former_pictures(here: Path, tiny_run: Path, sample: Prepared) -> None:
+    words = ["visualize-attention", "--checkpoint", tiny_run, "--data", sample.folder, "--count", 1, "--out", "maps"]
+    document = json.loads(aga(*words, "--json").stdout)
+    assert document["pairs"][0]["words"]
+    before = files(here / "maps")
+    assert "--layer 9" in refused(2, *words, "--overwrite", "--method", "attention", "--layer", 9)
+    assert files(here / "maps") == before

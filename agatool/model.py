@@ -155,7 +155,7 @@ class ConvStem(nn.Module):
     From scratch on little data this learns where one big linear patch projection does not (Xiao et al. 2021, "Early
     convolutions help transformers see better"). `summarise` starts [CLS] from a linear view of the whole grid, each
     place with its own weights: people stand upright in their crops, so the place says which part is seen (the idea of
-    part-based re-identification, Sun et al. 2018), and attention from a constant [CLS] finds small parts very late.
+    part-based re-identification, Sun et al. 2018).
     """
 
     def __init__(

@@ -127,6 +127,9 @@ Root = Annotated[
 Checkpoint = Annotated[
     Path | None, typer.Option(help="Model folder, run folder or weights file; default the newest run.")
 ]
+IndexCheckpoint = Annotated[
+    Path | None, typer.Option("--checkpoint", help="Model folder or run; default the index's own, else the newest run.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No messages, no tables, no progress.")]
 Json = Annotated[bool, typer.Option("--json", help="The result as one JSON document on stdout.")]
 DeviceOption = Annotated[Device, typer.Option(help="auto is CUDA where there is one.", rich_help_panel="Machine")]

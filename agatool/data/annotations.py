@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from agatool import console
-from agatool.errors import DataError
+from agatool.errors import DataError, UsageError
 from agatool.files import MAX_JSON_BYTES, contained, read_json
 
 SPLITS = ("train", "val", "test")
@@ -164,11 +164,11 @@ def _squash(name: str) -> str:
 
 
 def dataset_key(name: str) -> str:
-    """The key in DATASETS for a name in any case, with '_' or '-'; DataError for an unknown one."""
+    """The key in DATASETS for a name in any case, with '_' or '-'; UsageError for an unknown one."""
     for key in DATASETS:
         if _squash(key) == _squash(name):
             return key
-    raise DataError(f"Unknown data set {name!r}", f"Choose one of: {', '.join(DATASETS)}.")
+    raise UsageError(f"Unknown data set {name!r}", f"Choose one of: {', '.join(DATASETS)}.")
 
 
 def same_dataset(first: str, second: str) -> bool:

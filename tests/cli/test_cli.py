@@ -304,7 +304,7 @@ def test_wrong_words_to_train(here: Path, train: list[str], words: list[str], sa
 
 @pytest.mark.parametrize("command", ["train", "prepare"])
 def test_an_unknown_data_set(here: Path, command: str) -> None:
-    said = refused(3, command, "--dataset", "imagenet")
+    said = refused(2, command, "--dataset", "imagenet")
     assert "Unknown data set 'imagenet'" in said
     assert all(name in said for name in DATASETS)
     assert files(here) == set()
@@ -329,7 +329,7 @@ def test_an_occupied_run_folder(here: Path, train: list[str], tiny_run: Path) ->
         (["--checkpoint", "."], 4, "not a model folder or a run"),
         (["--split", "none"], 3, "no split 'none'"),
         (["--data", "nowhere", "--dataset", "rstpreid"], 3, "No prepared data set at nowhere"),
-        (["--dataset", "imagenet"], 3, "Unknown data set 'imagenet'"),
+        (["--dataset", "imagenet"], 2, "Unknown data set 'imagenet'"),
         (["--device", "cuda"], 2, "no GPU"),
     ],
 )

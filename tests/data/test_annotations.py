@@ -21,7 +21,7 @@ from agatool.data.annotations import (
     read_annotations,
     read_records,
 )
-from agatool.errors import DataError
+from agatool.errors import DataError, UsageError
 
 
 def cuhk(split: str, person: int, path: str, *captions: str) -> dict[str, Any]:
@@ -273,7 +273,7 @@ def test_missing_things_name_the_tree(tmp_path: Path) -> None:
     assert "github.com" in error.value.hint
     with pytest.raises(DataError, match="is not a file"):
         read_annotations("cuhk-pedes", tmp_path, tmp_path / "nothing.json")
-    with pytest.raises(DataError, match="Unknown data set"):
+    with pytest.raises(UsageError, match="Unknown data set"):
         dataset_key("coco")
 
 

@@ -1,4 +1,4 @@
-"""`python -m agatool`, so that `torchrun -m agatool` works."""
+"""`python -m agatool`."""
 
 from agatool.cli import main
 

@@ -43,13 +43,23 @@ BASELINE = Arm("random", False)
 ARMS = (BASELINE, Arm("content", False), Arm("attention", False), Arm("attention", True), Arm("random", True))
 
 
-def run_ablation(base: RunConfig, prepared: Prepared, out: Path, seeds: int) -> pd.DataFrame:
+def find_arms(names: str) -> tuple[Arm, ...]:
+    """The arms of a list with commas, the baseline always among them and first. UsageError for an unknown name."""
+    wanted = {name.strip() for name in names.split(",")}
+    if unknown := wanted - {arm.name for arm in ARMS}:
+        raise UsageError(f"--arms {sorted(unknown)[0]!r}", f"Choose among {', '.join(arm.name for arm in ARMS)}.")
+    return tuple(arm for arm in ARMS if arm == BASELINE or arm.name in wanted)
+
+
+def run_ablation(
+    base: RunConfig, prepared: Prepared, out: Path, seeds: int, arms: tuple[Arm, ...] = ARMS
+) -> pd.DataFrame:
     """Train what is not trained yet, write ablation.csv, ablation_seeds.csv and ablation.png -> ablation.csv's table.
 
     Raises what `agatool.train.run` raises, UsageError for arms in `out` that were trained otherwise.
     """
-    train_arms(base, prepared, out, seeds)
-    values = read_arms(out, seeds)
+    train_arms(base, prepared, out, seeds, arms)
+    values = read_arms(out, seeds, arms)
     table, by_seed = ablation_table(values), seed_table(values)
     write_csv(out / "ablation.csv", table)
     write_csv(out / "ablation_seeds.csv", by_seed)
@@ -76,14 +86,14 @@ def arm_config(base: RunConfig, arm: Arm, seed: int) -> RunConfig:
     )
 
 
-def train_arms(base: RunConfig, prepared: Prepared, out: Path, seeds: int) -> None:
-    """Train and evaluate every arm; a finished one is left alone, an interrupted one resumes.
+def train_arms(base: RunConfig, prepared: Prepared, out: Path, seeds: int, arms: tuple[Arm, ...] = ARMS) -> None:
+    """Train and evaluate the arms; a finished one is left alone, an interrupted one resumes.
 
     Goes seed by seed, so that what there is after a while can be compared. Raises UsageError where `out` holds arms
     of another configuration, StoppedError when asked to stop.
     """
     _claim(out, base)
-    jobs = [(arm, seed) for seed in range(seeds) for arm in ARMS]
+    jobs = [(arm, seed) for seed in range(seeds) for arm in arms]
     for number, (arm, seed) in enumerate(jobs, 1):
         folder = arm_folder(out, arm, seed)
         stored = folder / "config.toml"
@@ -128,11 +138,11 @@ class Values(NamedTuple):
     per_query: np.ndarray  # [R, Q]
 
 
-def read_arms(out: Path, seeds: int) -> list[Values]:
+def read_arms(out: Path, seeds: int, arms: tuple[Arm, ...] = ARMS) -> list[Values]:
     """Every metric of every arm, query by query, in the same order. Raises DataError where the queries differ."""
     found: list[Values] = []
     asked: dict[str, list[int]] = {}
-    for arm in ARMS:
+    for arm in arms:
         runs = [read_run(arm_folder(out, arm, seed)).queries for seed in range(seeds)]
         for direction in runs[0]["direction"].unique():
             parts = [queries[queries["direction"] == direction] for queries in runs]

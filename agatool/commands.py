@@ -131,12 +131,15 @@ def compare_masks(
         float, typer.Option(min=0.01, max=0.99, help="Share of a caption's words that are masked.")
     ] = 0.25,
     draws: Annotated[int, typer.Option(min=1, help="Masks drawn for each caption and strategy.")] = 3,
-    limit: Annotated[int, typer.Option(min=1, help="Captions at the most, spread over the split.")] = 1000,
+    limit: Annotated[int, typer.Option(min=0, help="Captions at the most, spread over the split; 0: all.")] = 1000,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Such as masking.aggregation=last.")
     ] = None,
     train: Annotated[bool, typer.Option("--train", help="Train every arm and compare what they reach.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm, for --train.")] = 3,
+    arms: Annotated[
+        str | None, typer.Option(help="Such as random,attention+tem, for --train; default all five.")
+    ] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Steps of each run, for --train.")] = None,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("masks"),
     device: DeviceOption = Device.auto,
@@ -153,6 +156,8 @@ def compare_masks(
       aga compare-masks --checkpoint runs/sample --ratio 0.4 --out masks40
 
       aga compare-masks --train --seeds 3 --max-steps 100 --out ablation
+
+      aga compare-masks --train --arms random,attention+tem
     """
     from agatool import console
     from agatool.compare_masks import compare_masks as compare
@@ -164,14 +169,15 @@ def compare_masks(
     plan = evaluation_plan(model, dataset, data, split, {}, out)
     prepared = find_data(plan.dataset, plan.data, root)
     if train:
-        from agatool.ablation import ablation_rows, run_ablation
+        from agatool.ablation import ARMS, ablation_rows, find_arms, run_ablation
         from agatool.config import plan_run
 
         given = {
             "data.dataset": plan.dataset, "data.dir": str(plan.data), "train.max_steps": max_steps,
             "train.device": device, "train.precision": precision,
         }  # fmt: skip
-        table = run_ablation(plan_run(given, None, overrides or ()), prepared, out, seeds)
+        chosen = ARMS if arms is None else find_arms(arms)
+        table = run_ablation(plan_run(given, None, overrides or ()), prepared, out, seeds, chosen)
         if json_:
             console.result_json({"folder": str(out), "ablation": table.to_dict("records")})
         else:

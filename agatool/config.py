@@ -49,6 +49,7 @@ class ModelConfig(Section):
     image_width: Size = 96
     image_depth: Depth = 3
     image_heads: Size = 3
+    image_mlp_ratio: Scale = 4.0
     image_mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat] = CLIP_MEAN
     image_std: tuple[Scale, Scale, Scale] = CLIP_STD
     vocab_size: int = Field(1000, ge=5, le=2**20)
@@ -171,13 +172,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The sample data set on two CPU cores; no downloads.
     "tiny": {
         "model": {
-            "image_size": [128, 64], "stem": "conv", "patch": 16, "image_width": 96, "image_depth": 3,
-            "image_heads": 3, "text_width": 96, "text_heads": 3, "text_mlp": 192, "text_layers": 2,
-            "fusion_layers": 2, "embed_dim": 96, "max_positions": 80, "dropout": 0.0,
+            "image_size": [128, 64], "stem": "conv", "patch": 8, "image_width": 96, "image_depth": 1,
+            "image_heads": 3, "image_mlp_ratio": 2.0, "text_width": 96, "text_heads": 3, "text_mlp": 192,
+            "text_layers": 2, "fusion_layers": 2, "embed_dim": 96, "max_positions": 80, "dropout": 0.0,
             "text": {"max_tokens": 72},
         },
         "objective": {"queue_size": 1024, "momentum": 0.99, "alpha": 0.2},
-        "train": {"epochs": 2, "batch_size": 64, "lr": 4e-4, "head_lr": 4e-4, "min_lr": 1e-5},
+        "train": {"epochs": 2, "batch_size": 64, "lr": 1e-4, "head_lr": 1e-4, "min_lr": 1e-5},
         "eval": {"rerank": 16, "batch_size": 128},
     },
     # timm ViT-S with a 384-wide BERT split 3 + 3; one GPU, or patience.

@@ -55,7 +55,7 @@ class MaskedWord:
     end: int
     word: str
     replacement: str  # the word itself where it stayed
-    probability: float  # the model's for `replacement`, or for what it would have been
+    probability: float  # that `replacement`, or what it would have been, is right and not `word`
     attention: float  # the word's share of the caption's class attention
 
     @property
@@ -183,10 +183,13 @@ class Enricher:
         """The logit of "match" of each text with its image; 0 without images."""
         if self.config.text_only:
             return [0.0] * len(encoded.tokens)
-        fused = self.model.fuse(
-            encoded.tokens, batch.mask, view.projected, view.image_of.to(self.device), cls_only=True
-        )
-        return finite(self.model.itm(fused)[:, 1].float()).tolist()
+        return self._match(encoded, batch.mask, view)[:, 1].tolist()
+
+    def _match(self, encoded: Encoded, mask_NL: Tensor, view: _View) -> Tensor:
+        """ITM logits [N, 2] of N texts, on the CPU."""
+        image_of = view.image_of.to(self.device)
+        fused = self.model.fuse(encoded.tokens, mask_NL, view.projected, image_of, cls_only=True)
+        return finite(self.model.itm(fused).float()).cpu()
 
     def _choose(self, text: _Text, scores_U: Tensor, generator: torch.Generator) -> list[int]:
         """The words to mask, in the caption's order."""
@@ -219,17 +222,17 @@ class Enricher:
         """
         filled: list[dict[int, tuple[str | None, float]]] = [{} for _ in texts]
         ids = batch.ids.clone()
-        for turn in range(ROUNDS):
-            turns = [words[turn::ROUNDS] for words in chosen]
+        for number in range(ROUNDS):
+            turns = [words[number::ROUNDS] for words in chosen]
             places = [(row, word, texts[row].token_of[word]) for row, words in enumerate(turns) for word in words]
             if not places:
                 continue
-            rows, tokens = ([place[part] for place in places] for part in (0, 2))
-            logits_SV = self._words(ids, batch.mask, rows, tokens, view)
+            rows, tokens = (torch.tensor([place[part] for place in places]) for part in (0, 2))
+            turn = _Turn(ids, batch.mask, rows, tokens, view)
+            logits_SV = self._words(turn)
             parts = zip(logits_SV.split([len(words) for words in turns]), generators, strict=True)
             new_S = torch.cat([fill_words(part, self.fillable_V, self.tem, generator)[0] for part, generator in parts])
-            # fill_words's own is among the fillable words and sharpened by the temperature: not how sure the model is.
-            sure_S = logits_SV.softmax(-1).gather(1, new_S[:, None])[:, 0]
+            sure_S = self._sureness(turn, logits_SV, new_S)
             old_S = ids[rows, tokens].cpu()
             new_S = new_S.where(sure_S >= self.config.min_probability, old_S)
             ids[rows, tokens] = new_S.to(self.device)
@@ -239,13 +242,49 @@ class Enricher:
                 filled[row][word] = (self.tokenizer.piece(new) if new != old else None, sure)
         return filled
 
-    def _words(self, ids_BL: Tensor, mask_BL: Tensor, rows: list[int], tokens: list[int], view: _View) -> Tensor:
-        """MLM logits [S, V] on the CPU where the given tokens are masked."""
-        masked = ids_BL.clone()
-        masked[rows, tokens] = self.tokenizer.mask_id
-        encoded = self.model.encode_text(masked, mask_BL)
-        fused = self.model.fuse(encoded.tokens, mask_BL, view.projected, view.image_of.to(self.device))
-        return finite(self.model.mlm(fused[rows, tokens]).float()).cpu()
+    def _words(self, turn: _Turn) -> Tensor:
+        """MLM logits [S, V] on the CPU at the turn's words, masked."""
+        masked_BL = turn.ids.clone()
+        masked_BL[turn.rows, turn.tokens] = self.tokenizer.mask_id
+        encoded = self.model.encode_text(masked_BL, turn.mask)
+        image_of = turn.view.image_of.to(self.device)
+        fused = self.model.fuse(encoded.tokens, turn.mask, turn.view.projected, image_of)
+        return finite(self.model.mlm(fused[turn.rows, turn.tokens]).float()).cpu()
+
+    def _sureness(self, turn: _Turn, logits_SV: Tensor, new_S: Tensor) -> Tensor:
+        """[S]: the probability that the new word and not the old one is right; 0.5 where they are the same.
+
+        The odds of two judges are multiplied: MLM's, p(new) / p(old) where the word is masked, and ITM's, how much
+        likelier the caption matches with the new word than with the old. ITM reads what MLM has to guess.
+        """
+        old_S = turn.ids[turn.rows, turn.tokens].cpu()
+        log_S2 = logits_SV.log_softmax(-1).gather(1, torch.stack([new_S, old_S], 1))
+        odds_S = log_S2[:, 0] - log_S2[:, 1]
+        changed = (new_S != old_S).nonzero().flatten()
+        if len(changed) and not self.config.text_only:
+            before_B = self._match_odds(turn.ids, turn.mask, turn.view)
+            for part in changed.split(self.config.batch_size):
+                rows = turn.rows[part]
+                with_new = turn.ids[rows]
+                with_new[torch.arange(len(rows)), turn.tokens[part]] = new_S[part].to(self.device)
+                view = turn.view._replace(image_of=turn.view.image_of[rows])
+                odds_S[part] += self._match_odds(with_new, turn.mask[rows], view) - before_B[rows]
+        return odds_S.sigmoid()
+
+    def _match_odds(self, ids_NL: Tensor, mask_NL: Tensor, view: _View) -> Tensor:
+        """Log-odds [N] that texts match their images."""
+        logits_N2 = self._match(self.model.encode_text(ids_NL, mask_NL), mask_NL, view)
+        return logits_N2[:, 1] - logits_N2[:, 0]
+
+
+class _Turn(NamedTuple):
+    """Words of a batch that are masked together: token `tokens[s]` of text `rows[s]`, S of them."""
+
+    ids: Tensor  # [B, L], as far as earlier turns filled them in
+    mask: Tensor  # [B, L]
+    rows: Tensor
+    tokens: Tensor
+    view: _View
 
 
 class _View(NamedTuple):

@@ -102,6 +102,11 @@ def _layout(tokenizer: Tokenizer) -> tuple[int, tuple[int, ...]]:
 def _fitted(model: PersonSearchModel, teacher: dict[str, Tensor] | None, config: RunConfig) -> Start:
     """The same weights at the run's image size and dropout; what was never trained gets new values."""
     new = set(model.config.untrained)
+    if model.config.stem == "conv" and config.model.image_size != model.config.image_size:
+        raise UsageError(
+            f"The weights' convolutional stem knows images of {model.config.image_size} alone",
+            "Leave model.image_size as it is, or add --init scratch.",
+        )
     sizes = {"image_size": config.model.image_size, "dropout": config.model.dropout, "untrained": ()}
     fitted = _build(model.config.model_copy(update=sizes), config.train.seed)
     fitted.tokenizer = model.tokenizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,11 @@ from torch import Tensor
 from agatool import ablation, compare_masks
 from agatool.ablation import (
     ARMS,
-    Arm,
     Values,
     ablation_table,
     arm_config,
     arm_folder,
+    find_arms,
     run_ablation,
     seed_table,
     train_arms,
@@ -307,12 +307,13 @@ def test_arms_differ_in_masking_and_tem_alone() -> None:
         assert made == base.model_dump()
 
 
-@pytest.fixture(scope="module")
-def two_arms() -> Iterator[tuple[Arm, ...]]:
-    """Only as many arms as it takes to compare them: each one trains."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ablation, "ARMS", (ARMS[0], ARMS[3]))
-        yield ablation.ARMS
+TWO_ARMS = (ARMS[0], ARMS[3])  # only as many as it takes to compare them: each one trains
+
+
+def test_arms_by_name() -> None:
+    assert find_arms("attention+tem, random") == TWO_ARMS == find_arms("attention+tem")
+    with pytest.raises(UsageError, match=r"--arms 'agm'"):
+        find_arms("random,agm")
 
 
 @pytest.fixture(scope="module")
@@ -320,35 +321,34 @@ def trained(
     prepared: Prepared,
     tiny_config: Callable[..., RunConfig],
     tmp_path_factory: pytest.TempPathFactory,
-    two_arms: tuple[Arm, ...],
 ) -> tuple[RunConfig, Path]:
     """Arms trained for two steps each, one seed."""
     out = tmp_path_factory.mktemp("ablation")
     base = tiny_config("train.max_steps=2")
-    run_ablation(base, prepared, out, 1)
+    run_ablation(base, prepared, out, 1, TWO_ARMS)
     return base, out
 
 
-def test_ablation_files(trained: tuple[RunConfig, Path], two_arms: tuple[Arm, ...]) -> None:
+def test_ablation_files(trained: tuple[RunConfig, Path]) -> None:
     _, out = trained
     table = pd.read_csv(out / "ablation.csv")
-    assert table["arm"].unique().tolist() == [arm.name for arm in two_arms]
-    own = pd.read_csv(arm_folder(out, two_arms[1], 0) / "metrics.csv")
+    assert table["arm"].unique().tolist() == [arm.name for arm in TWO_ARMS]
+    own = pd.read_csv(arm_folder(out, TWO_ARMS[1], 0) / "metrics.csv")
     own = own[own["stage"] == "reranked"].set_index(["direction", "metric"])["value"]
     mine = table[table["arm"] == "attention+tem"].set_index(["direction", "metric"])["value"]
     assert np.allclose(mine.sort_index(), own.sort_index(), atol=1e-3)
     assert (out / "ablation.png").stat().st_size > 1000
-    assert len(ablation.ablation_rows(table)[1]) == len(two_arms)
+    assert len(ablation.ablation_rows(table)[1]) == len(TWO_ARMS)
 
 
 def test_finished_arms_stay_and_interrupted_ones_resume(trained: tuple[RunConfig, Path], prepared: Prepared) -> None:
     base, out = trained
-    folders = [arm_folder(out, arm, 0) for arm in ablation.ARMS]
+    folders = [arm_folder(out, arm, 0) for arm in TWO_ARMS]
     before = {file: file.stat().st_mtime_ns for folder in folders for file in folder.rglob("*")}
     record = folders[1] / "evaluation.json"
     queries = (folders[1] / "queries.csv").read_bytes()
     record.unlink()  # as if it had been killed after its last step
-    train_arms(base, prepared, out, 1)
+    train_arms(base, prepared, out, 1, TWO_ARMS)
     changed = {file for file, time in before.items() if file.exists() and file.stat().st_mtime_ns != time}
     assert record in changed
     assert all(file.is_relative_to(folders[1]) for file in changed)
@@ -360,4 +360,4 @@ def test_arms_of_another_configuration_are_refused(trained: tuple[RunConfig, Pat
     base, out = trained
     other = base.model_copy(update={"masking": base.masking.model_copy(update={"ratio": 0.3})})
     with pytest.raises(UsageError, match="another configuration"):
-        train_arms(other, prepared, out, 1)
+        train_arms(other, prepared, out, 1, TWO_ARMS)

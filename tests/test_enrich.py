@@ -232,17 +232,40 @@ def test_unsure_words_stay(checkpoint, sample, tmp_path):
     assert [record["captions"] for record in written] == [record["captions"] for record in RECORDS[:12]]
 
 
-def test_probability_is_the_models_own(checkpoint):
-    """Neither renormalised over the fillable words nor sharpened by the temperature."""
-    model = load(checkpoint)
-    caption = RECORDS[0]["captions"][0]
-    words = whole_words(model.tokenizer, [caption])
-    versions = [Enricher(model, EnrichConfig(min_probability=0, ratio=0.01, temperature=t), words) for t in (0.01, 1.0)]
-    image = versions[0].blank()
-    first, second = (enricher.enrich([caption], [0], image, [0])[0][0].masked for enricher in versions)
-    assert [(w.position, w.replacement) for w in first] == [(w.position, w.replacement) for w in second]
-    assert [w.probability for w in first] == [w.probability for w in second]
-    assert all(word.probability < 0.2 for word in first)  # of hundreds of words, by a model that knows nothing
+@pytest.mark.parametrize("text_only", [False, True])
+@torch.no_grad()
+def test_probability_weighs_the_new_word_against_the_old(checkpoint, text_only):
+    """Odds of MLM times odds of ITM, recomputed from the model for a single word; the temperature has no say in it."""
+    model = load(checkpoint).eval()
+    tokenizer, caption = model.tokenizer, RECORDS[0]["captions"][0]
+    words = whole_words(tokenizer, [caption])
+    found = []
+    for temperature in (0.01, 1.0):
+        config = EnrichConfig(min_probability=0, ratio=0.01, temperature=temperature, text_only=text_only)
+        enricher = Enricher(model, config, words)
+        image = enricher.blank()
+        found.append(enricher.enrich([caption], [0], image, [0])[0][0].masked)
+    assert found[0] == found[1]
+    (word,) = found[0]
+    assert word.replaced
+
+    def tokens(text):
+        batch = tokenizer.pad(tokenizer.encode([text]))
+        return batch, model.encode_text(batch.ids, batch.mask).tokens
+
+    old, new = tokenizer.backend.token_to_id(word.word.lower()), tokenizer.backend.token_to_id(word.replacement.lower())
+    batch, _ = tokens(caption)
+    at = batch.word_of[0].tolist().index(word.position)
+    batch.ids[0, at] = tokenizer.mask_id
+    hidden = model.fuse(model.encode_text(batch.ids, batch.mask).tokens, batch.mask, image)
+    logits = model.mlm(hidden[0, at])
+    odds = logits[new] - logits[old]
+    if not text_only:
+        for text, sign in ((caption, -1), (caption[: word.start] + word.replacement + caption[word.end :], 1)):
+            batch, encoded = tokens(text)
+            match = model.itm(model.fuse(encoded, batch.mask, image, cls_only=True))[0]
+            odds = odds + sign * (match[1] - match[0])
+    assert word.probability == pytest.approx(odds.sigmoid().item(), abs=1e-5)
 
 
 # -- draws ------------------------------------------------------------------------------------------------------

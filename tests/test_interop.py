@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import agatool
-from agatool.checkpoint import load_teacher
+from agatool.checkpoint import load_teacher, save_model
 from agatool.config import RunConfig, build_config
 from agatool.convert import Converted, convert, open_reference
 from agatool.errors import CheckpointError, UsageError
@@ -643,6 +643,14 @@ def test_a_model_folder_starts_at_another_image_size(source: Path, tmp_path: Pat
     assert start.teacher[POSITIONS].shape == start.model.state_dict()[POSITIONS].shape
     assert all(torch.equal(start.model.state_dict()[name], tensor) for name, tensor in wanted.items())
     start.model.load_state_dict(start.teacher)
+
+
+def test_a_conv_stem_keeps_its_image_size(tokenizer: Path, tmp_path: Path) -> None:
+    model = start_model(run(model={"stem": "conv"}), tokenizer).model
+    save_model(tmp_path / "conv", model, "card")
+    assert start_model(run(init=str(tmp_path / "conv")), None).model.config.image_size == (24, 24)
+    with pytest.raises(UsageError, match=r"knows images of \(24, 24\) alone"):
+        start_model(run((48, 16), init=str(tmp_path / "conv")), None)
 
 
 def test_a_size_between_patches_is_an_error(source: Path, tmp_path: Path) -> None:

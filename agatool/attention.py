@@ -37,15 +37,15 @@ CELLS = 32  # an image is divided into about so many to hide parts of it, whatev
 _WINDOW = 2  # cells that are hidden together, down and across
 
 # What points best on the val split of the sample data by `--measure`, with the shipped weights (docs/attention.md).
-_METHOD: dict[Mode, Method] = {"words": "occlusion", "masked": "occlusion"}
+_METHOD: Method = "attention"
 # The layer of each mode and method, as a share of the fusion layers, since models differ in how many they have.
 _DEPTH: dict[tuple[Mode, Method], float] = {
-    ("words", "attention"): 1.0,
+    ("words", "attention"): 0.5,
     ("words", "gradcam"): 0.5,
     ("masked", "attention"): 1.0,
     ("masked", "gradcam"): 1.0,
 }
-_HEAD = "mean"
+_HEAD = "max"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Look:
     def settled(self, model: PersonSearchModel) -> Look:
         """With every choice made and checked against the model. Raises UsageError."""
         layers, heads = model.config.fusion_layers, model.config.text_heads
-        method, head = self.method or _METHOD[self.mode], self.head or _HEAD
+        method, head = self.method or _METHOD, self.head or _HEAD
         if method == "occlusion":
             if self.layer is not None or self.head is not None:
                 raise UsageError("Occlusion has no --layer and no --head", "Add --method attention or gradcam.")

@@ -79,7 +79,7 @@ def enrich(
     temperature: Annotated[float, typer.Option(min=0.01, help="Of the MLM's distribution.")] = 1.0,
     min_probability: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Replace a word only when the model is surer than this. Default 0.9."),
+        typer.Option(min=0, max=1, help="Replace a word only when the model is surer than this. Default 0.99."),
     ] = None,
     variants: Annotated[int, typer.Option(min=1, help="Enriched captions for each caption.")] = 1,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -98,7 +98,7 @@ def enrich(
 
       aga enrich captions.json
 
-      aga enrich data_captions.json --image-root imgs --min-probability 0.8 --out enriched/careful
+      aga enrich data_captions.json --image-root imgs --min-probability 0.999 --out enriched/careful
     """
     from agatool import console
     from agatool.enrich import default_out, summary_rows

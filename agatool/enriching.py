@@ -39,7 +39,7 @@ class EnrichConfig(Section):
     decode: Literal["argmax", "top-k", "sample"] = "argmax"
     top_k: int = Field(5, ge=1)
     temperature: float = Field(1.0, gt=0)
-    min_probability: float = Field(0.9, ge=0, le=1)
+    min_probability: float = Field(0.99, ge=0, le=1)
     variants: int = Field(1, ge=1)
     seed: int = Field(0, ge=0)
     text_only: bool = False
@@ -119,14 +119,18 @@ class Enricher:
         self.fillable_V = fillable_ids(self.tokenizer, model.config.vocab_size) & known
 
     def look(self, images: Tensor) -> Tensor:
-        """Decoded images, uint8 [M, 3, height, width] -> their tokens [M, P, H] on the model's device."""
+        """Decoded images, uint8 [M, 3, height, width] -> their tokens [M, 2P, H] on the model's device.
+
+        Tokens of the image and of its mirror image, side by side: two looks, which the fusion layers' attention merges.
+        """
         sizes = self.model.config
         with inference(self.model, self.bf16):
-            normalised = (
-                eval_transform(part.to(self.device), sizes.image_mean, sizes.image_std)
-                for part in images.split(self.config.batch_size)
-            )
-            return torch.cat([self.model.encode_image(part).tokens for part in normalised])
+            looks = []
+            for part in images.split(self.config.batch_size):
+                pixels = eval_transform(part.to(self.device), sizes.image_mean, sizes.image_std)
+                both = [self.model.encode_image(view).tokens for view in (pixels, pixels.flip(3))]
+                looks.append(torch.cat(both, dim=1))
+            return torch.cat(looks)
 
     def blank(self) -> Tensor:
         """Tokens [1, P, H] of a picture that shows nothing but the mean colour."""
@@ -139,7 +143,7 @@ class Enricher:
         """The `variants` enriched versions of each caption.
 
         numbers       the captions' numbers in their file: what is drawn depends on the seed and this alone.
-        image_tokens  [M, P, H] on the model's device, from `look` or `blank`.
+        image_tokens  [M, tokens, H] on the model's device, from `look` or `blank`.
         image_of      which of the images each caption describes.
         """
         found: list[list[Version]] = [[] for _ in captions]

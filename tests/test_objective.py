@@ -57,7 +57,7 @@ def make_objective(tokenizer: Tokenizer, queue: int = 8, **sections: dict) -> Ob
     torch.manual_seed(0)
     student = PersonSearchModel(
         ModelConfig(
-            image_size=(32, 16), image_width=16, image_depth=1, image_heads=2, stem="conv", text_width=16,
+            image_size=(64, 32), image_width=16, image_depth=1, image_heads=2, stem="conv", text_width=16,
             text_heads=2, text_mlp=32, text_layers=2, fusion_layers=2, embed_dim=8, dropout=0.0,
             vocab_size=tokenizer.vocab_size + 3,
         )
@@ -79,7 +79,7 @@ def make_objective(tokenizer: Tokenizer, queue: int = 8, **sections: dict) -> Ob
 def make_batch(tokenizer: Tokenizer, persons: tuple[int, ...] = PERSONS) -> TrainBatch:
     captions = CAPTIONS[: len(persons)]
     encodings = tokenizer.encode(captions)
-    images = torch.randn(len(persons), 3, 32, 16, generator=seeded(5))
+    images = torch.randn(len(persons), 3, 64, 32, generator=seeded(5))
     content = tokenizer.content_mask(captions, encodings)
     return TrainBatch(images, tokenizer.pad(encodings), content, torch.tensor(persons))
 
@@ -377,7 +377,7 @@ def test_tem_leaves_the_targets_of_mlm_alone(tokenizer: Tokenizer) -> None:
         draws = Draws(masked_by(objective, batch), negatives)
         found[tem] = objective(batch, Phase(0.3, itc_only=False, tem=tem), seeded(), draws).terms
     assert found[True]["mlm"].item() == pytest.approx(found[False]["mlm"].item(), rel=1e-6)
-    assert found[True]["itc"].item() != pytest.approx(found[False]["itc"].item(), rel=1e-4)
+    assert found[True]["itc"].item() != pytest.approx(found[False]["itc"].item(), rel=1e-6)
     assert found[True]["itm"].item() != pytest.approx(found[False]["itm"].item(), rel=1e-6)
 
 

@@ -135,7 +135,7 @@ def test_training(here: Path, train: list[str], tiny_run: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "t2i cosine" in result.stdout
     assert re.search(r"R@1 .*\d+\.\d \[\d+\.\d-\d+\.\d\]", result.stdout)  # a row is a line
-    assert "Training 4" in result.stderr
+    assert "Training 5" in result.stderr
     assert "Training" not in result.stdout
     assert "run/metrics.csv" in result.stderr
     assert_same_run(here / "run", tiny_run, evaluated=True)

@@ -167,16 +167,17 @@ def compare_masks(
 
     model = find_model(checkpoint)
     plan = evaluation_plan(model, dataset, data, split, {}, out)
-    prepared = find_data(plan.dataset, plan.data, root)
     if train:
         from agatool.ablation import ARMS, ablation_rows, find_arms, run_ablation
         from agatool.config import plan_run
 
+        chosen = ARMS if arms is None else find_arms(arms)  # before minutes of preparing data
+    prepared = find_data(plan.dataset, plan.data, root)
+    if train:
         given = {
             "data.dataset": plan.dataset, "data.dir": str(plan.data), "train.max_steps": max_steps,
             "train.device": device, "train.precision": precision,
         }  # fmt: skip
-        chosen = ARMS if arms is None else find_arms(arms)
         table = run_ablation(plan_run(given, None, overrides or ()), prepared, out, seeds, chosen)
         if json_:
             console.result_json({"folder": str(out), "ablation": table.to_dict("records")})

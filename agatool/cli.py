@@ -30,6 +30,7 @@ from agatool.options import (
     Preset,
     Quiet,
     Root,
+    Score,
     Tail,
     app,
     reporting,
@@ -321,6 +322,10 @@ def evaluate(
         typer.Option(min=0, help="Candidates re-ranked by ITM, 0: cosine alone. Default: the run's, or 128."),
     ] = None,
     direction: Annotated[Direction, typer.Option(help="Text-to-image, image-to-text or both.")] = Direction.both,
+    score: Annotated[
+        Score | None,
+        typer.Option(help="What candidates are sorted by; itm: as published. Default: the run's, or posterior."),
+    ] = None,
     tail: Annotated[
         Tail | None,
         typer.Option(help="Order past the candidates; reference: as published. Default: the run's, or itc."),
@@ -347,7 +352,7 @@ def evaluate(
     from agatool.runs import evaluation_plan, find_model
 
     model_folder = find_model(checkpoint)
-    given = {"rerank": rerank, "tail": tail.value if tail else None, "batch_size": batch_size}
+    given = {"rerank": rerank, "score": score and score.value, "tail": tail and tail.value, "batch_size": batch_size}
     plan = evaluation_plan(model_folder, dataset, data, split, given, out)
 
     from agatool.checkpoint import load

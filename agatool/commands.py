@@ -79,9 +79,10 @@ def enrich(
     temperature: Annotated[float, typer.Option(min=0.01, help="Of the MLM's distribution.")] = 1.0,
     min_probability: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Replace a word only when the model is surer than this. Default 0.99."),
+        typer.Option(min=0, max=1, help="Replace a word only when the model is surer than this. Default 0.985."),
     ] = None,
     variants: Annotated[int, typer.Option(min=1, help="Enriched captions for each caption.")] = 1,
+    views: Annotated[int, typer.Option(min=1, help="Images of the same person to look at, its own included.")] = 4,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     text_only: Annotated[bool, typer.Option("--text-only", help="Without images.")] = False,
     truth: Annotated[Path | None, typer.Option(help="truth/captions.csv of rendered people.")] = None,
@@ -108,7 +109,7 @@ def enrich(
 
     config = EnrichConfig(
         strategy=strategy.value, ratio=ratio, decode=decode.value, top_k=top_k, temperature=temperature,
-        variants=variants, seed=seed, text_only=text_only, batch_size=batch_size,
+        variants=variants, views=views, seed=seed, text_only=text_only, batch_size=batch_size,
         **({} if min_probability is None else {"min_probability": min_probability}),
     )  # fmt: skip
     folder = out or default_out(file)

@@ -136,8 +136,8 @@ def _metrics(runs: Sequence[RunFiles]) -> list[Markup]:
     evaluated = [run for run in runs if run.record]
     on = {f"{run.name}: {run.record['dataset']} {run.record['split']}, {run.record['model']}" for run in evaluated}
     notes = [tag("p", f"Evaluated: {'; '.join(sorted(on))}.", class_="muted")] if on else []
-    same = len({(run.config.get("eval.rerank"), run.config.get("eval.tail")) for run in evaluated}) == 1
-    return tables + notes + (protocol(evaluated[0].config) if same else [])
+    protocols = {tuple(run.config.get(f"eval.{key}") for key in ("rerank", "score", "tail")) for run in evaluated}
+    return tables + notes + (protocol(evaluated[0].config) if len(protocols) == 1 else [])
 
 
 def comparison_rows(comparisons: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:

@@ -85,6 +85,7 @@ class DataConfig(Section):
     flip: float = Field(0.5, ge=0, le=1)
     pad: float = Field(0.05, ge=0, le=0.5)  # random shift, as a fraction of the height
     erase: float = Field(0.0, ge=0, le=1)  # random erasing probability
+    half_size: float = Field(0.0, ge=0, le=1)  # first share of the steps on images of half the height and width
 
 
 class MaskingConfig(Section):
@@ -134,6 +135,7 @@ class TrainConfig(Section):
     min_lr: float = Field(1e-6, ge=0)
     weight_decay: float = Field(0.02, ge=0)
     warmup: float = Field(0.05, ge=0, le=1)  # share of the steps
+    k_decay: float = Field(1.0, gt=0)  # of the cosine schedule: above 1 the rate stays high for longer
     clip: float = Field(1.0, gt=0)
     seed: int = Field(0, ge=0)
     checkpoint_every: int = Field(0, ge=0)  # steps; 0: at each epoch's end only
@@ -149,6 +151,7 @@ class EvalConfig(Section):
     """The two-stage protocol (docs/evaluation.md)."""
 
     rerank: int = Field(128, ge=0)  # 0: cosine only
+    score: Literal["posterior", "itm"] = "posterior"  # what candidates are sorted by; itm: as published
     tail: Literal["itc", "reference"] = "itc"
     batch_size: int = Field(64, ge=1)
     every: int = Field(1, ge=1)  # validate each so many epochs
@@ -204,14 +207,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-# What changes in a preset when nothing is pre-trained: longer, faster, and the cheap ITC alone at first.
+# What changes in a preset when nothing is pre-trained: longer, faster, and what is cheap at first.
 FROM_SCRATCH: dict[str, dict[str, Any]] = {
-    # ITM and MLM start from nothing half-way and need a learning rate that has not decayed by then.
+    # ITM and MLM start from nothing at two thirds of the steps and need a learning rate that has not decayed by then.
     "tiny": {
-        "objective": {"itc_only": 0.62},
+        "data": {"half_size": 0.55},
+        "objective": {"itc_only": 0.68},
         "masking": {"ratio": 0.25},
         "tem": {"warmup": 0.8},
-        "train": {"epochs": 11, "lr": 2e-3, "head_lr": 2e-3, "min_lr": 5e-4, "warmup": 0.1},
+        "train": {"epochs": 16, "lr": 2e-3, "head_lr": 2e-3, "min_lr": 1e-5, "k_decay": 2.5, "warmup": 0.1},
+        "eval": {"every": 4},
     },
 }
 

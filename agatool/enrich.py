@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ EDIT_COLUMNS = (
 )  # fmt: skip
 KEPT_COLUMNS = ("record", "caption_id", "image", "reason")
 NO_IMAGE = "-"
+NOBODY = ""  # the person of a record that does not say whom it shows
 _DECODERS = 4  # threads
 _LOOK = 200  # records tried when finding out which folder the image paths start from
 
@@ -58,7 +59,7 @@ class Item:
     raw: Any
     record: Record | None = None  # None where it cannot be used
     first: int = 0  # number of its first caption
-    image: int | None = None  # its place among the chunk's images
+    seen: list[int] = field(default_factory=list)  # places of the images it is checked against, its own first
     versions: list[list[Version]] = field(default_factory=list)  # of each of its captions; empty: kept as they are
     kept: list[tuple[int | None, str]] = field(default_factory=list)  # caption number and why it stays as it is
 
@@ -206,12 +207,15 @@ def _find_image_root(folder: Path, images: list[str]) -> Path:
 
 
 def _parse(source: CaptionFile, raw: Any, text_only: bool) -> Record:
-    """The record. Enriching needs neither person nor split, so that none can be wrong, and text alone no image."""
+    """The record. Enriching text alone needs no image, and a wrong person or split makes the record nobody's."""
     fields = source.fields(raw)
     if not isinstance(fields, dict):
         return parse_record(fields)
     no_image = {"path": NO_IMAGE} if text_only else {}
-    return parse_record({**no_image, **fields, "id": 0, "split": ""})
+    try:
+        return parse_record({**no_image, **fields})
+    except DataError:
+        return replace(parse_record({**no_image, **fields, "id": 0, "split": ""}), person=NOBODY)
 
 
 def _chunks(records: Iterable[Any]) -> Iterator[list[Any]]:
@@ -281,12 +285,12 @@ class _Run:
         used = [item for item in items if item.record]
         if self.enricher.config.text_only:
             for item in used:
-                item.image = 0
+                item.seen = [0]
             return self.blank
         paths = list(dict.fromkeys(item.record.image for item in used if item.record))
         place: dict[str, int] = {}
-        reasons: dict[str, str] = {}
         decoded: list[Tensor] = []
+        reasons: dict[str, str] = {}
         for path, image in zip(paths, in_order(self._decode, paths, _DECODERS, 4 * _DECODERS), strict=True):
             if isinstance(image, str):
                 reasons[path] = image
@@ -295,10 +299,10 @@ class _Run:
                 decoded.append(image)
         for item in used:
             assert item.record is not None
-            item.image = place.get(item.record.image)
-            if item.image is None:
-                numbers = range(item.first, item.first + len(item.record.captions))
-                item.kept += [(number, reasons[item.record.image]) for number in numbers]
+            if (reason := reasons.get(item.record.image)) is not None:
+                item.kept += [(item.first + at, reason) for at in range(len(item.record.captions))]
+        alone = _see(used, place, self.enricher.config.views)
+        decoded += [decoded[at].flip(2) for at in alone]
         return self.enricher.look(torch.stack(decoded)) if decoded else self.blank[:0]
 
     def _decode(self, path: str) -> Tensor | str:
@@ -313,16 +317,16 @@ class _Run:
         """Give every item that has an image its versions."""
         texts: list[str] = []
         numbers: list[int] = []
-        image_of: list[int] = []
+        seen: list[list[int]] = []
         for item in items:
-            if item.record and item.image is not None:
+            if item.record and item.seen:
                 own = _own_captions(item.raw, item.record, self.source)
                 texts += own
                 numbers += range(item.first, item.first + len(own))
-                image_of += [item.image] * len(own)
-        versions = dict(zip(numbers, self.enricher.enrich(texts, numbers, image_tokens, image_of), strict=True))
+                seen += [item.seen] * len(own)
+        versions = dict(zip(numbers, self.enricher.enrich(texts, numbers, image_tokens, seen), strict=True))
         for item in items:
-            if item.record and item.image is not None:
+            if item.record and item.seen:
                 item.versions = [versions[item.first + place] for place in range(len(item.record.captions))]
 
     def _rewritten(self, item: Item) -> Any:
@@ -339,6 +343,31 @@ class _Run:
             [version.text for version in enriched[at]] if at in enriched else [text] for at, text in enumerate(own)
         )
         return self.source.with_captions(item.raw, key, [text for texts in lists for text in texts])
+
+
+def _see(items: list[Item], place: dict[str, int], views: int) -> list[int]:
+    """Choose which images each item is checked against: its own and those of the same person that follow it, round
+    and round, `views` in all. One that would see its own alone sees its mirror image too; what is to be mirrored, in
+    the order in which it follows the images of `place`, is returned.
+    """
+    people: dict[tuple[str, str], dict[int, None]] = {}
+    for item in items:
+        if item.record and item.record.image in place:
+            people.setdefault(_whose(item.record), {})[place[item.record.image]] = None
+    mirrored: dict[int, int] = {}
+    for item in items:
+        if item.record and item.record.image in place:
+            own, images = place[item.record.image], list(people[_whose(item.record)])
+            at = images.index(own)
+            item.seen = (images[at:] + images[:at])[:views]
+            if len(item.seen) == 1:
+                item.seen.append(mirrored.setdefault(own, len(place) + len(mirrored)))
+    return list(mirrored)
+
+
+def _whose(record: Record) -> tuple[str, str]:
+    """Whom a record shows; some data sets count their people anew in each split."""
+    return (record.split, record.person) if record.person != NOBODY else (NOBODY, record.image)
 
 
 def _own_captions(raw: Any, record: Record, source: CaptionFile) -> list[str]:

@@ -7,7 +7,7 @@ tokens, V vocabulary.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -39,8 +39,9 @@ class EnrichConfig(Section):
     decode: Literal["argmax", "top-k", "sample"] = "argmax"
     top_k: int = Field(5, ge=1)
     temperature: float = Field(1.0, gt=0)
-    min_probability: float = Field(0.99, ge=0, le=1)
+    min_probability: float = Field(0.985, ge=0, le=1)
     variants: int = Field(1, ge=1)
+    views: int = Field(4, ge=1)  # images of the person that a caption is checked against, its own included
     seed: int = Field(0, ge=0)
     text_only: bool = False
     batch_size: int = Field(64, ge=1)
@@ -70,7 +71,7 @@ class Version:
 
     text: str
     masked: list[MaskedWord]
-    itm_original: float  # ITM logit of the caption as it was with its image
+    itm_original: float  # ITM logit of the caption as it was with its own image alone
     itm_enriched: float
 
 
@@ -119,18 +120,12 @@ class Enricher:
         self.fillable_V = fillable_ids(self.tokenizer, model.config.vocab_size) & known
 
     def look(self, images: Tensor) -> Tensor:
-        """Decoded images, uint8 [M, 3, height, width] -> their tokens [M, 2P, H] on the model's device.
-
-        Tokens of the image and of its mirror image, side by side: two looks, which the fusion layers' attention merges.
-        """
+        """Decoded images, uint8 [M, 3, height, width] -> their tokens [M, P, H] on the model's device."""
         sizes = self.model.config
         with inference(self.model, self.bf16):
-            looks = []
-            for part in images.split(self.config.batch_size):
-                pixels = eval_transform(part.to(self.device), sizes.image_mean, sizes.image_std)
-                both = [self.model.encode_image(view).tokens for view in (pixels, pixels.flip(3))]
-                looks.append(torch.cat(both, dim=1))
-            return torch.cat(looks)
+            parts = images.split(self.config.batch_size)
+            pixels = (eval_transform(part.to(self.device), sizes.image_mean, sizes.image_std) for part in parts)
+            return torch.cat([self.model.encode_image(part).tokens for part in pixels])
 
     def blank(self) -> Tensor:
         """Tokens [1, P, H] of a picture that shows nothing but the mean colour."""
@@ -138,31 +133,44 @@ class Enricher:
             return self.model.encode_image(torch.zeros(1, 3, *self.model.config.image_size, device=self.device)).tokens
 
     def enrich(
-        self, captions: Sequence[str], numbers: Sequence[int], image_tokens: Tensor, image_of: Sequence[int]
+        self, captions: Sequence[str], numbers: Sequence[int], image_tokens: Tensor, seen: Sequence[Sequence[int]]
     ) -> list[list[Version]]:
         """The `variants` enriched versions of each caption.
 
         numbers       the captions' numbers in their file: what is drawn depends on the seed and this alone.
-        image_tokens  [M, tokens, H] on the model's device, from `look` or `blank`.
-        image_of      which of the images each caption describes.
+        image_tokens  [M, P, H] on the model's device, from `look` or `blank`.
+        seen          which of the images each caption is checked against; the first is the one it describes.
         """
         found: list[list[Version]] = [[] for _ in captions]
         encodings = self.tokenizer.encode(captions)
-        order = np.argsort([len(encoding.ids) for encoding in encodings], kind="stable")
         with inference(self.model, self.bf16):
-            for rows in even_slices(order, self.config.batch_size) if captions else ():
+            for rows in self._batches(encodings, seen):
                 texts = [_Text.of(self.tokenizer, captions[row], encodings[row], numbers[row]) for row in rows]
-                images, index = np.unique([image_of[row] for row in rows], return_inverse=True)
-                view = _View(self.model.project_image(image_tokens[images.tolist()]), torch.from_numpy(index))
-                for row, versions in zip(rows, self._enrich_batch(texts, view), strict=True):
+                own = self._view(image_tokens, [seen[row][:1] for row in rows])
+                view = self._view(image_tokens, [seen[row] for row in rows])
+                for row, versions in zip(rows, self._enrich_batch(texts, own, view), strict=True):
                     found[row] = versions
         return found
 
-    def _enrich_batch(self, texts: list[_Text], view: _View) -> list[list[Version]]:
+    def _batches(self, encodings: Sequence[Encoding], seen: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        """Captions, by number, that see equally many images and are of similar length."""
+        lengths = np.array([len(encoding.ids) for encoding in encodings], dtype=int)
+        counts = np.array([len(images) for images in seen], dtype=int)
+        for count in np.unique(counts):
+            rows = np.flatnonzero(counts == count)
+            yield from even_slices(rows[np.argsort(lengths[rows], kind="stable")], self.config.batch_size)
+
+    def _view(self, image_tokens: Tensor, seen: Sequence[Sequence[int]]) -> _View:
+        """The tokens of each text's images side by side, in whatever order: attention merges them."""
+        groups, index = np.unique([sorted(images) for images in seen], axis=0, return_inverse=True)
+        together = image_tokens[torch.from_numpy(groups)].flatten(1, 2)
+        return _View(self.model.project_image(together), torch.from_numpy(index.reshape(-1)))
+
+    def _enrich_batch(self, texts: list[_Text], own: _View, view: _View) -> list[list[Version]]:
         batch = self.tokenizer.pad([text.encoding for text in texts]).to(self.device)
         encoded, attention = class_attention(self.model, batch.ids, batch.mask, self.masking)
         scores_BU = word_scores(attention, batch.word_of).cpu()
-        itm = self._itm(encoded, batch, view)
+        itm = self._itm(encoded, batch, own)
         versions: list[list[Version]] = [[] for _ in texts]
         for variant in range(self.config.variants):
             seeds = [stream_seed(self.config.seed, text.number, variant) for text in texts]
@@ -178,7 +186,7 @@ class Enricher:
             ]
             enriched = [text.rewritten(words) for text, words in zip(texts, masked, strict=True)]
             again = self.tokenizer.pad(self.tokenizer.encode(enriched)).to(self.device)
-            itm_enriched = self._itm(self.model.encode_text(again.ids, again.mask), again, view)
+            itm_enriched = self._itm(self.model.encode_text(again.ids, again.mask), again, own)
             for row, parts in enumerate(zip(enriched, masked, itm, itm_enriched, strict=True)):
                 versions[row].append(Version(*parts))
         return versions
@@ -295,7 +303,7 @@ class _View(NamedTuple):
     """What the texts of a batch look at."""
 
     projected: ImageKeysValues
-    image_of: Tensor  # [B] which of the images each text looks at
+    image_of: Tensor  # [B] which of them each text looks at
 
 
 class _Text(NamedTuple):

@@ -116,7 +116,7 @@ def _evaluated(run: RunFiles) -> dict[str, list[Markup]]:
     if len(queries):
         charts = [
             histogram(title, groups)
-            for title, column in (("Cosine", "top_cosine"), ("ITM logit", "top_itm"))
+            for title, column in (("Cosine", "top_cosine"), ("Log-odds of a match by ITM", "top_itm"))
             if sum(map(len, (groups := scores(queries, column)).values()))
         ]
         told = "Scores of the first ten of every text query: items of the person looked for, and of others."
@@ -134,7 +134,9 @@ def protocol(config: dict[str, Any]) -> list[Markup]:
             else "the rest is one tie, settled by the order in which the images are listed (tail: reference, as "
             "published code does it), so mAP and mINP depend on that order"
         )
-        stages = f"cosine ranks the whole gallery; re-ranking sorts the top {rerank} by the ITM logit, and {past}."
+        posterior = config.get("eval.score", "itm") == "posterior"  # before there was a choice it was the logit
+        by = "ITM's log-odds of a match plus cosine / temperature" if posterior else "the ITM logit"
+        stages = f"cosine ranks the whole gallery; re-ranking sorts the top {rerank} by {by}, and {past}."
     else:
         stages = "cosine ranks the whole gallery; nothing was re-ranked."
     drawn = config.get("eval.bootstrap", 0)

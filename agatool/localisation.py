@@ -21,7 +21,7 @@ from agatool.errors import DataError
 from agatool.files import contained, read_json
 
 CLASSES = ("garment", "colour", "accessory")
-JUDGED = ("garment", "colour")  # the classes that the defaults of `aga visualize-attention` are chosen by
+JUDGED = "garment + colour"  # the words of both: what the defaults of `aga visualize-attention` are chosen by
 _KINDS = {"clothing": "garment", "pattern": "garment", "colour": "colour", "belonging": "accessory"}
 _BORDER = 2  # cells around a map; a bicubic kernel reaches so far
 _BLOB_WIDTH = 0.25  # standard deviation of the centre blob, as a share of the image's height and width
@@ -166,9 +166,11 @@ class Scores:
     def table(self) -> pd.DataFrame:
         """mode, method, layer, head, class, words, heat_share, pointing, times_centre; shares from 0 to 1.
 
-        `times_centre` is pointing over the centre blob's. Rows come in the order in which settings were added.
+        `times_centre` is pointing over the centre blob's. Rows come in the order in which settings were added, the
+        class JUDGED behind the others.
         """
         flat = pd.DataFrame([(*setting, *rest) for setting, *rest in self.rows], columns=_COLUMNS)
+        flat = pd.concat([flat, flat[flat["class"].isin(JUDGED.split(" + "))].assign(**{"class": JUDGED})])
         means = flat.groupby(list(_COLUMNS[:5]), sort=False, as_index=False).agg(
             words=("pointing", "size"), heat_share=("heat_share", "mean"), pointing=("pointing", "mean")
         )
@@ -182,25 +184,29 @@ _COLUMNS = ("mode", "method", "layer", "head", "class", "heat_share", "pointing"
 
 
 def table_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """The table for a terminal, (header, rows): a row a setting, pointing and heat share in percent for each class."""
+    """The table for a terminal, (header, rows): a row a setting, pointing and heat share in percent for each class.
+
+    Of JUDGED there is only the pointing; its heat says nothing new.
+    """
     cells = {(*row[:4], row[4]): row for row in table.itertuples(index=False, name=None)}
     settings = list(dict.fromkeys(key[:4] for key in cells))
-    header = ["mode", "method", "layer", "head", *(f"{kind}: {what}" for kind in CLASSES for what in ("hit", "heat"))]
+    columns = [f"{JUDGED}: hit", *(f"{kind}: {what}" for kind in CLASSES for what in ("hit", "heat"))]
+    header = ["mode", "method", "layer", "head", *columns]
     rows = []
     for setting in settings:
         row = list(setting)
-        for kind in CLASSES:
-            _, _, _, _, _, _, heat, hit, times = cells.get((*setting, kind), (*setting, kind, 0, *[float("nan")] * 3))
-            row += [f"{100 * hit:.1f} ({times:.1f}x)", f"{100 * heat:.1f}"]
+        for kind in (JUDGED, *CLASSES):
+            *_, heat, hit, times = cells.get((*setting, kind), [float("nan")] * 3)
+            row += [f"{100 * hit:.1f} ({times:.1f}x)", f"{100 * heat:.1f}"][: 1 if kind == JUDGED else 2]
         rows.append(row)
     return header, rows
 
 
 def best_setting(table: pd.DataFrame, mode: str) -> Setting:
-    """The setting of a mode that points best, by the mean of the JUDGED classes."""
-    judged = table[(table["mode"] == mode) & table["class"].isin(JUDGED)]
-    means = judged.groupby(["mode", "method", "layer", "head"], sort=False)["pointing"].mean()
-    return tuple(means.idxmax())
+    """The setting of a mode that points best at the JUDGED words."""
+    judged = table[(table["mode"] == mode) & (table["class"] == JUDGED)]
+    best = judged.loc[judged["pointing"].idxmax()]
+    return best["mode"], best["method"], best["layer"], best["head"]
 
 
 def records(table: pd.DataFrame) -> list[dict[str, object]]:

@@ -7,7 +7,7 @@ S masked tokens, V vocabulary.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ class Phase:
     alpha: float  # share of the teacher's soft targets
     itc_only: bool
     tem: bool
+    half_size: bool = False  # images of half the height and width, a quarter of the work
 
 
 @dataclass
@@ -107,6 +108,8 @@ class Objective(nn.Module):
     ) -> StepLosses:
         """Losses of one batch; the teacher's features then join the queues. `begin_step` comes first."""
         draws = draws or Draws()
+        if phase.half_size:
+            batch = replace(batch, images=F.avg_pool2d(batch.images, 2))
         if phase.itc_only:
             return self._itc_only(batch)
 

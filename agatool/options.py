@@ -64,6 +64,13 @@ class Direction(StrEnum):
     both = "both"
 
 
+class Score(StrEnum):
+    """What the candidates are re-ranked by."""
+
+    posterior = "posterior"
+    itm = "itm"
+
+
 class Tail(StrEnum):
     """The order past the re-ranked candidates."""
 

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 Direction = Literal["t2i", "i2t"]
 Tail = Literal["itc", "reference"]
+Score = Literal["posterior", "itm"]
 DIRECTIONS: tuple[Direction, ...] = ("t2i", "i2t")
 OUTSIDE = -100.0  # the reference's score of a pair outside the top k
 TOP = 10  # gallery items listed for each query
@@ -95,14 +96,14 @@ def rerank(
     batch_size: int,
     bf16: bool = False,
 ) -> np.ndarray:
-    """ITM logit of "match" for N pairs (`text_index[n]`, `image_index[n]`): [N] float32.
+    """ITM logits (no match, match) of N pairs (`text_index[n]`, `image_index[n]`): [N, 2] float32.
 
     Goes image by image: an image's keys and values are projected once and shared by all its texts, which
     run in batches of similar length. Same scores as pair by pair. Raises CheckpointError for scores that are
     not finite.
     """
     if len(text_index) == 0:
-        return np.empty(0, dtype=np.float32)
+        return np.empty((0, 2), dtype=np.float32)
     device = model_device(model)
     size = min(batch_size, _CPU_TEXTS) if device.type == "cpu" else batch_size
     order = np.lexsort((texts.lengths[text_index], image_index))
@@ -116,7 +117,7 @@ def rerank(
             for batch in even_slices(pairs, size):
                 text_tokens, mask = texts.padded(text_index[batch], device)
                 fused = model.fuse(text_tokens, mask, projected, cls_only=True)
-                parts.append(model.itm(fused)[:, 1].float())
+                parts.append(model.itm(fused).float())
         return torch.cat(parts)  # stays on the device, so that a GPU's queue of work never runs dry
 
     logits = []
@@ -129,7 +130,7 @@ def rerank(
         for done in across(score, jobs):
             logits.append(done)
             task.advance(len(done))
-    scores = np.empty(len(order), dtype=np.float32)
+    scores = np.empty((len(order), 2), dtype=np.float32)
     scores[order] = finite(torch.cat(logits)).cpu().numpy()
     return scores
 
@@ -161,7 +162,7 @@ def rerank_candidates(
     batch_size: int,
     bf16: bool = False,
 ) -> dict[Direction, Tensor]:
-    """ITM logits [Q, k] of each direction's candidates [Q, k]; a pair that both directions want is run once."""
+    """ITM logits [Q, k, 2] of each direction's candidates [Q, k]; a pair that both directions want is run once."""
     codes: dict[Direction, np.ndarray] = {}
     for direction, indices in candidates.items():
         query = np.arange(len(indices))[:, None]
@@ -173,16 +174,32 @@ def rerank_candidates(
     return {name: torch.from_numpy(scores[np.searchsorted(wanted, code)]) for name, code in codes.items()}
 
 
-def reranked(order_CG: Tensor, candidates_Ck: Tensor, itm_Ck: Tensor, tail: Tail = "itc") -> Tensor:
-    """Complete ranking [C, G]: the candidates by ITM logit, best first, and behind them everything else.
+def log_odds(itm: Tensor) -> Tensor:
+    """Log-odds of a match [...] from ITM logits [..., 2]; 0 is even."""
+    return itm[..., 1] - itm[..., 0]
 
-    `order_CG` is the ranking by cosine. `tail` "itc" leaves the rest, and candidates of equal logit, in its
+
+def candidate_scores(itm_Qk2: Tensor, cosine_Qk: Tensor, temperature: float, score: Score) -> Tensor:
+    """What the candidates are sorted by, [Q, k].
+
+    "itm" is the ITM logit of "match" alone, as RaSa and MARS rank. "posterior" is the log-odds of a match plus
+    cosine / temperature. Training draws ITM's hard negatives with probability softmax(cosine / temperature), so
+    ITM learns how much likelier a true pair is than ITC says, and the product of both is the probability of a
+    candidate (docs/evaluation.md derives it). Raises CheckpointError for scores that are not finite.
+    """
+    return itm_Qk2[..., 1] if score == "itm" else finite(log_odds(itm_Qk2) + cosine_Qk / temperature)
+
+
+def reranked(order_CG: Tensor, candidates_Ck: Tensor, score_Ck: Tensor, tail: Tail = "itc") -> Tensor:
+    """Complete ranking [C, G]: the candidates by score, best first, and behind them everything else.
+
+    `order_CG` is the ranking by cosine. `tail` "itc" leaves the rest, and candidates of equal score, in its
     order; "reference" puts both in the gallery's order, as a stable sort of `score_matrix` would.
     """
     if tail == "reference":
         candidates_Ck, by_index = candidates_Ck.sort(dim=1)
-        itm_Ck = itm_Ck.gather(1, by_index)
-    head = candidates_Ck.gather(1, itm_Ck.argsort(dim=1, descending=True, stable=True))
+        score_Ck = score_Ck.gather(1, by_index)
+    head = candidates_Ck.gather(1, score_Ck.argsort(dim=1, descending=True, stable=True))
     is_candidate = torch.zeros_like(order_CG, dtype=torch.bool).scatter_(1, candidates_Ck, True)
     rest = order_CG[~is_candidate.gather(1, order_CG)].view(len(order_CG), -1)
     return torch.cat([head, rest.sort(dim=1).values if tail == "reference" else rest], dim=1)
@@ -198,7 +215,7 @@ def score_matrix(
     sides = (texts.features, images.features)
     queries, gallery = sides if direction == "t2i" else sides[::-1]
     candidates = top_k(queries, gallery, k)[1]
-    itm = rerank_candidates(model, texts, images, {direction: candidates}, batch_size)[direction]
+    itm = rerank_candidates(model, texts, images, {direction: candidates}, batch_size)[direction][..., 1]
     return torch.full((len(queries), len(gallery)), OUTSIDE).scatter_(1, candidates, itm)
 
 
@@ -261,20 +278,24 @@ def evaluate(
     texts = encode_texts(model, tokenizer, caption_table["caption"].tolist(), config.batch_size, bf16)
     clock.lap("encode_texts")
     sides = _sides(image_table, caption_table, images, texts)
-    candidates: dict[Direction, Tensor] = {}
-    itm: dict[Direction, Tensor] = {}
+    shortlists: dict[Direction, _Shortlist] = {}
     if config.rerank:
-        for direction in directions:
-            queries, gallery = sides[direction]
-            candidates[direction] = top_k(queries.features, gallery.features, config.rerank)[1]
+        best: dict[Direction, tuple[Tensor, Tensor]] = {}
+        for name in directions:
+            queries, gallery = sides[name]
+            best[name] = top_k(queries.features, gallery.features, config.rerank)
         clock.lap("cosine")
-        itm = rerank_candidates(model, texts, images, candidates, config.batch_size, bf16)
+        wanted = {name: items for name, (_, items) in best.items()}
+        itm = rerank_candidates(model, texts, images, wanted, config.batch_size, bf16)
+        temperature = model.temperature.item()
+        for name, (cosine, items) in best.items():
+            scores = candidate_scores(itm[name], cosine, temperature, config.score)
+            shortlists[name] = _Shortlist(items, scores, log_odds(itm[name]))
         clock.lap("rerank")
     metrics: list[MetricRow] = []
     query_tables: list[pd.DataFrame] = []
     for direction in directions:
-        shortlist = (candidates[direction], itm[direction]) if config.rerank else None
-        stages, table = _score(direction, *sides[direction], shortlist, config.tail)
+        stages, table = _score(direction, *sides[direction], shortlists.get(direction), config.tail)
         query_tables.append(table)
         for stage, values in stages.items():
             metrics += [MetricRow(direction, stage, *figure) for figure in summarise(values, config.bootstrap)]
@@ -316,14 +337,25 @@ def _sides(
     return {"t2i": (text_side, image_side), "i2t": (image_side, text_side)}
 
 
+class _Shortlist(NamedTuple):
+    """The candidates of a direction's queries; each [Q, k]."""
+
+    items: Tensor  # gallery indices
+    scores: Tensor  # what they are sorted by
+    odds: Tensor  # ITM's log-odds of a match
+
+    def rows(self, chunk: slice) -> _Shortlist:
+        return _Shortlist(*(part[chunk] for part in self))
+
+
 def _score(
     direction: Direction,
     queries: _Side,
     gallery: _Side,
-    shortlist: tuple[Tensor, Tensor] | None,
+    shortlist: _Shortlist | None,
     tail: Tail,
 ) -> tuple[dict[str, QueryMetrics], pd.DataFrame]:
-    """Metrics of every stage and the query table of the last; `shortlist` is candidates and ITM logits, [Q, k].
+    """Metrics of every stage and the query table of the last.
 
     Complete rankings exist for one chunk of queries at a time: ICFG-PEDES has 394 million pairs.
     """
@@ -332,26 +364,28 @@ def _score(
     for chunk, similarity_CG in _similarities(queries.features, gallery.features):
         order_CG = similarity_CG.sort(dim=1, descending=True, stable=True).indices
         rankings = {"cosine": order_CG}
-        itm_Ck = torch.empty(len(order_CG), 0)
+        listed = order_CG[:, :0]  # of the head of the ranking, what has log-odds
+        odds_CG = torch.zeros_like(similarity_CG)
         if shortlist is not None:
-            itm_Ck = shortlist[1][chunk]
-            rankings["reranked"] = reranked(order_CG, shortlist[0][chunk], itm_Ck, tail)
+            items_Ck, scores_Ck, odds_Ck = shortlist.rows(chunk)
+            rankings["reranked"] = reranked(order_CG, items_Ck, scores_Ck, tail)
+            listed = rankings["reranked"][:, : min(TOP, items_Ck.shape[1])]
+            odds_CG.scatter_(1, items_Ck, odds_Ck)
         for stage, ranking in rankings.items():
             scored = rank_metrics(ranking.numpy(), queries.persons[chunk], gallery.persons)
             parts.setdefault(stage, []).append(scored)
         top = ranking[:, :TOP]
-        best_itm = itm_Ck.sort(dim=1, descending=True).values[:, :TOP]
-        listed = _Listed(top.numpy(), similarity_CG.gather(1, top).numpy(), best_itm.numpy())
-        tables.append(_query_table(direction, stage, queries, gallery, chunk, scored, listed))
+        head = _Head(*(part.numpy() for part in (top, similarity_CG.gather(1, top), odds_CG.gather(1, listed))))
+        tables.append(_query_table(direction, stage, queries, gallery, chunk, scored, head))
     return {stage: join_metrics(chunks) for stage, chunks in parts.items()}, pd.concat(tables)
 
 
-class _Listed(NamedTuple):
+class _Head(NamedTuple):
     """The head of a ranking."""
 
     items: np.ndarray  # [C, 10] gallery indices
     cosine: np.ndarray  # [C, 10]
-    itm: np.ndarray  # [C, 10], fewer or none where fewer were re-ranked
+    odds: np.ndarray  # [C, 10] of a match, by ITM; fewer or none where fewer were re-ranked
 
 
 def _query_table(
@@ -361,10 +395,10 @@ def _query_table(
     gallery: _Side,
     chunk: slice,
     scored: QueryMetrics,
-    listed: _Listed,
+    head: _Head,
 ) -> pd.DataFrame:
-    hits = gallery.persons[listed.items] == queries.persons[chunk][:, None]
-    paths = gallery.names[listed.items] if direction == "t2i" else np.empty((len(hits), 0), dtype=object)
+    hits = gallery.persons[head.items] == queries.persons[chunk][:, None]
+    paths = gallery.names[head.items] if direction == "t2i" else np.empty((len(hits), 0), dtype=object)
     return pd.DataFrame(
         {
             "direction": direction,
@@ -376,11 +410,11 @@ def _query_table(
             "first_hit": scored.first_hit,
             "ap": scored.ap,
             "inp": scored.inp,
-            "top_ids": _json_rows(gallery.ids[listed.items]),
+            "top_ids": _json_rows(gallery.ids[head.items]),
             "top_paths": _json_rows(paths),
             "top_hits": _json_rows(hits.astype(int)),
-            "top_cosine": _json_rows(listed.cosine.astype(float).round(5)),
-            "top_itm": _json_rows(listed.itm.astype(float).round(4)),
+            "top_cosine": _json_rows(head.cosine.astype(float).round(5)),
+            "top_itm": _json_rows(head.odds.astype(float).round(4)),
         }
     )
 

@@ -24,7 +24,7 @@ from agatool.index import Index, fingerprint_of, is_index, open_index
 from agatool.indexing import build_index, default_index
 from agatool.machine import memory_errors, pick_device, use_bf16
 from agatool.model import PersonSearchModel
-from agatool.retrieval import rerank, reranked, top_k
+from agatool.retrieval import candidate_scores, log_odds, rerank, reranked, top_k
 from agatool.runs import find_model
 
 RERANK = 128  # candidates, as in evaluation
@@ -51,7 +51,7 @@ class Hit:
     row: int  # of the index
     name: str  # path below the gallery's root
     cosine: float
-    match: float | None  # ITM logit of "match"; None where it was not re-ranked
+    match: float | None  # ITM's log-odds of a match, 0 is even; None where it was not re-ranked
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Searcher:
         self.index, self.model, self.batch_size, self.bf16 = index, model, batch_size, bf16
 
     def search(self, queries: Sequence[Query], k: int = 20, rerank: int = RERANK) -> list[Answer]:
-        """The `k` best images of each query; those with a text have their `rerank` best by cosine sorted by ITM.
+        """The `k` best images of each query; with a text, its `rerank` best by cosine are sorted by ITM and cosine.
 
         Images that changed or went since they were indexed are left out, with a warning. Raises DataError for a
         query that is empty or an image that cannot be read.
@@ -140,10 +140,10 @@ class Searcher:
         return lists
 
     def _matches(self, texts: TextSet | None, wanted: Sequence[tuple[int | None, np.ndarray]]) -> list[np.ndarray]:
-        """ITM logits of each query's candidates, none for a query without a text."""
+        """ITM logits [k, 2] of each query's candidates, none for a query without a text."""
         asked = [(text, rows) for text, rows in wanted if text is not None and len(rows)]
         if texts is None or not asked:
-            return [np.empty(0, dtype=np.float32) for _ in wanted]
+            return [np.empty((0, 2), dtype=np.float32) for _ in wanted]
         pairs_text = np.concatenate([np.full(len(rows), text) for text, rows in asked])
         pairs_row = np.concatenate([rows for _, rows in asked])
         rows, pairs_image = np.unique(pairs_row, return_inverse=True)
@@ -153,12 +153,15 @@ class Searcher:
         ends = np.cumsum([len(rows) if text is not None else 0 for text, rows in wanted])
         return np.split(scores, ends[:-1])
 
-    def _answer(self, query: Query, rows: np.ndarray, cosines: np.ndarray, match: np.ndarray, k: int) -> Answer:
-        place = torch.arange(len(rows))[None]
-        order = reranked(place, place[:, : len(match)], torch.from_numpy(match)[None])[0, :k].tolist()
+    def _answer(self, query: Query, rows: np.ndarray, cosines: np.ndarray, match_k2: np.ndarray, k: int) -> Answer:
+        place, itm, cosine = torch.arange(len(rows))[None], torch.from_numpy(match_k2)[None], torch.from_numpy(cosines)
+        candidates = len(match_k2)
+        scores = candidate_scores(itm, cosine[None, :candidates], self.model.temperature.item(), "posterior")
+        order = reranked(place, place[:, :candidates], scores)[0, :k].tolist()
+        match = log_odds(itm)[0].tolist()
         hits = [
             Hit(rank, int(rows[at]), self.index.name(int(rows[at])), float(cosines[at]),
-                float(match[at]) if at < len(match) else None)
+                match[at] if at < candidates else None)
             for rank, at in enumerate(order, 1)
         ]  # fmt: skip
         describes = query.image is None and len(cosines) > 0

@@ -31,7 +31,7 @@ from agatool.config import EvalConfig, RunConfig, read_toml, to_toml
 from agatool.convert import new_model
 from agatool.data.prepare import Prepared
 from agatool.data.sampling import TrainingData, stream_seed
-from agatool.errors import DataError, DiskError, NonFiniteError, StoppedError
+from agatool.errors import DataError, DiskError, NonFiniteError, StoppedError, UsageError
 from agatool.files import read_json, write_json, write_text
 from agatool.html_report import write_report
 from agatool.interop import Start, start_model
@@ -104,6 +104,15 @@ class RunLog:
             return list(csv.DictReader(file))
 
 
+def _check_half_size(share: float, model: PersonSearchModel) -> None:
+    (height, width), patch = model.config.image_size, model.image_encoder.patch
+    if share and (height % (2 * patch) or width % (2 * patch)):
+        raise UsageError(
+            f"data.half_size: half of {height} x {width} pixels is no multiple of the patch, {patch} pixels",
+            "Set data.half_size=0, or another model.image_size.",
+        )
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return ""
@@ -122,6 +131,7 @@ class Trainer:
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
         model, self.new = start.model, start.new
+        _check_half_size(config.data.half_size, model)
         self.tokenizer = model.tokenizer
         self.data = TrainingData(prepared, self.tokenizer, model.config, config.data, train.batch_size, train.seed)
         self.objective = Objective(model, self.tokenizer, config.objective, config.masking, config.tem)
@@ -139,6 +149,7 @@ class Trainer:
             warmup_t=round(train.warmup * self.total_steps),
             warmup_lr_init=train.min_lr,
             t_in_epochs=False,
+            k_decay=train.k_decay,
         )
         self.step = 0
         self.log = RunLog(folder / "train_log.csv", LOG_COLUMNS)
@@ -155,7 +166,7 @@ class Trainer:
         ramp = objective.alpha_ramp_epochs * self.steps_per_epoch
         alpha = objective.alpha * min(1.0, step / ramp if ramp else 1.0)
         tem = self.config.tem.enabled and done >= self.config.tem.warmup
-        return Phase(alpha, done < objective.itc_only, tem)
+        return Phase(alpha, done < objective.itc_only, tem, done < self.config.data.half_size)
 
     def start_batches(self, micro_steps: range) -> None:
         """From where `run_step` takes its batches."""

@@ -13,7 +13,7 @@ else
     aga train --dataset sample --data data/pretrain --out $run --init scratch --seed 1 --max-steps 8800 \
         --image-weights $image/image_encoder.safetensors --mask attention --no-tem --set masking.ratio=0.25 \
         --set objective.itc_only=0.14 --set objective.queue_size=4096 --set train.warmup=0.05 \
-        --set train.lr=5e-4 --set train.head_lr=1e-3 --set train.min_lr=1e-5 \
+        --set train.lr=5e-4 --set train.head_lr=1e-3 --set train.min_lr=1e-5 --set train.k_decay=1 --set data.half_size=0 \
         --set train.checkpoint_every=200 --set eval.every=2 --set eval.rerank=8
 fi
 rm -rf agatool/weights/tiny

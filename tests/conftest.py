@@ -30,7 +30,7 @@ TINY = (
     "model.text_mlp=24", "model.text_layers=1", "model.fusion_layers=1", "model.embed_dim=16", "model.dropout=0.1",
     "objective.queue_size=24", "objective.itc_only=0.25", "tem.warmup=0.3", "train.batch_size=16", "train.epochs=2",
     "train.checkpoint_every=3", "train.warmup=0.1", "train.lr=0.003", "train.head_lr=0.003", "eval.rerank=4",
-    "eval.bootstrap=20",
+    "eval.bootstrap=20", "eval.every=1",
 )  # fmt: skip
 # What of a run is the same bytes for the same seed, interrupted or not; the last two come from evaluating it.
 TRAINED = (

@@ -370,7 +370,7 @@ def test_measure(model: PersonSearchModel, prepared: Prepared, tmp_path: Path) -
     assert ("words", "gradcam", "1") in settings
     assert ("words", "gradcam", "2") not in settings  # zero by construction
     assert {("masked", method, layer) for method in attention.READ_OFF for layer in "12"} <= settings
-    assert set(table["class"]) == set(localisation.CLASSES)
+    assert set(table["class"]) == {*localisation.CLASSES, localisation.JUDGED}
     assert table.groupby("class")["words"].nunique().eq(1).all()  # every setting judged the same words
     rows = table.set_index(["method", "class"])
     for kind in localisation.CLASSES:
@@ -378,6 +378,11 @@ def test_measure(model: PersonSearchModel, prepared: Prepared, tmp_path: Path) -
         assert uniform["pointing"] == pytest.approx(uniform["heat_share"])
         assert best["pointing"] > uniform["pointing"]
         assert centre["times_centre"] == pytest.approx(1) or centre["pointing"] == 0
+    for _, setting in table.groupby(["mode", "method", "layer", "head"]):
+        of = setting.set_index("class")
+        both, parts = of.loc[localisation.JUDGED], of.loc[["garment", "colour"]]
+        assert both["words"] == parts["words"].sum()
+        assert both["pointing"] == pytest.approx((parts["pointing"] * parts["words"]).sum() / both["words"])
     again = visualizing.measure(model, prepared, "test", 4, tmp_path)
     pd.testing.assert_frame_equal(table, again)
     mode, *_ = localisation.best_setting(table, "masked")
@@ -417,7 +422,7 @@ def test_masks_stay_in_their_folder(prepared: Prepared, path: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not is_model(SHIPPED), reason="this copy has no shipped weights")
-def test_shipped_weights_point_at_colours_better_than_the_centre(prepared: Prepared, tmp_path: Path) -> None:
+def test_shipped_weights_point_better_than_the_centre(prepared: Prepared, tmp_path: Path) -> None:
     from agatool import load
 
     table = visualizing.measure(load(SHIPPED), prepared, "test", 80, tmp_path)
@@ -427,6 +432,7 @@ def test_shipped_weights_point_at_colours_better_than_the_centre(prepared: Prepa
         rows = table[(table["mode"] == mode) & (table["method"] == mine.method) & (table["head"] == mine.head)]
         rows = rows[rows["layer"] == str(mine.layer)].set_index("class")
         assert rows.loc["colour", "times_centre"] > 2
+        assert rows.loc[localisation.JUDGED, "times_centre"] > 1.5
 
 
 # -- pairs, pictures, tables ----------------------------------------------------------------------------------------

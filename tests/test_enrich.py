@@ -20,6 +20,7 @@ from agatool.captions import open_captions
 from agatool.checkpoint import load, save_model
 from agatool.config import ModelConfig, TextConvention
 from agatool.data.annotations import parse_record, read_records
+from agatool.data.images import decode_image, to_tensor
 from agatool.enrich import enrich
 from agatool.enriching import EnrichConfig, Enricher, MaskedWord, cased, maskable, rewrite, usual_words, whole_words
 from agatool.errors import CheckpointError, DataError, UsageError
@@ -244,7 +245,7 @@ def test_probability_weighs_the_new_word_against_the_old(checkpoint, text_only):
         config = EnrichConfig(min_probability=0, ratio=0.01, temperature=temperature, text_only=text_only)
         enricher = Enricher(model, config, words)
         image = enricher.blank()
-        found.append(enricher.enrich([caption], [0], image, [0])[0][0].masked)
+        found.append(enricher.enrich([caption], [0], image, [[0]])[0][0].masked)
     assert found[0] == found[1]
     (word,) = found[0]
     assert word.replaced
@@ -279,7 +280,7 @@ def test_draws_depend_on_seed_and_caption_alone(checkpoint):
     def positions(order, batch_size, seed=0):
         config = EnrichConfig(strategy="random", min_probability=0, batch_size=batch_size, seed=seed)
         enricher = Enricher(model, config, words)
-        versions = enricher.enrich([captions[i] for i in order], order, enricher.blank(), [0] * len(order))
+        versions = enricher.enrich([captions[i] for i in order], order, enricher.blank(), [[0]] * len(order))
         return {i: [word.position for word in version[0].masked] for i, version in zip(order, versions, strict=True)}
 
     whole = positions(list(range(12)), 64)
@@ -293,7 +294,7 @@ def test_every_strategy_masks_equally_many(checkpoint, strategy):
     model = load(checkpoint)
     caption = RECORDS[0]["captions"][0]
     enricher = Enricher(model, EnrichConfig(strategy=strategy, ratio=0.3), whole_words(model.tokenizer, [caption]))
-    masked = enricher.enrich([caption], [0], enricher.blank(), [0])[0][0].masked
+    masked = enricher.enrich([caption], [0], enricher.blank(), [[0]])[0][0].masked
     count = len(maskable(model.tokenizer, caption, model.tokenizer.encode([caption])[0]))
     assert len(masked) == round(0.3 * count)
     if strategy == "content":
@@ -343,6 +344,46 @@ def test_an_image_is_what_the_words_come_from(checkpoint, sample, tmp_path):
     enrich(checkpoint, sample, tmp_path / "two", ALL)
     one, two = (read_csv(tmp_path / name / "edits.csv") for name in ("one", "two"))
     assert [edit["probability"] for edit in one] != [edit["probability"] for edit in two]
+
+
+def probabilities(checkpoint, sample, records, out, **config):
+    enrich(checkpoint, write(sample, records), out, EnrichConfig(min_probability=0, ratio=0.5, **config))
+    return {edit["caption_id"]: edit["probability"] for edit in read_csv(out / "edits.csv")}
+
+
+def test_other_images_of_the_person_are_looked_at(checkpoint, sample, tmp_path):
+    """Of the same person in the same split, and --views of them; a record without a person has its own image alone."""
+    ids = [1, 1, 1, 2, 1]
+    records = [{**record, "id": person} for record, person in zip(RECORDS, ids, strict=False)]
+    records[4]["split"] = "test"  # another person: some data sets begin to count anew
+    views = {n: probabilities(checkpoint, sample, records, tmp_path / f"views{n}", views=n) for n in (1, 2, 3)}
+    nobody = [{key: value for key, value in record.items() if key != "id"} for record in records]
+    alone = probabilities(checkpoint, sample, nobody, tmp_path / "nobody")
+    assert alone == views[1]
+    assert {number for number in alone if views[3][number] == alone[number]} == {"6", "7", "8", "9"}
+    Image.new("RGB", (64, 128), (250, 10, 10)).save(tmp_path / "imgs" / records[2]["img_path"])
+    repainted = probabilities(checkpoint, sample, records, tmp_path / "repainted", views=2)
+    assert {number for number in alone if repainted[number] == views[2][number]} == {"0", "1", "6", "7", "8", "9"}
+
+
+@torch.no_grad()
+def test_an_image_seen_alone_is_seen_mirrored_too(checkpoint, sample, tmp_path):
+    """Its tokens and its mirror image's, side by side; ITM of the summary is of the image alone."""
+    model = load(checkpoint)
+    record = RECORDS[0]
+    enricher = Enricher(model, ALL, whole_words(model.tokenizer, record["captions"]) | usual_words(model.tokenizer))
+    image = to_tensor(decode_image(sample.parent / "imgs" / record["img_path"]), model.config.image_size)
+    tokens = enricher.look(torch.stack([image, image.flip(2)]))
+    by_hand = enricher.enrich(record["captions"], [0, 1], tokens, [[0, 1]] * 2)
+    result = enrich(checkpoint, write(sample, [record]), tmp_path / "out", ALL)
+    words = [word for versions in by_hand for word in versions[0].masked if word.replaced]
+    edits = read_csv(tmp_path / "out/edits.csv")
+    assert [edit["replacement"] for edit in edits] == [word.replacement for word in words]
+    assert [edit["probability"] for edit in edits] == [f"{word.probability:.4f}" for word in words]
+    batch = model.tokenizer.pad(model.tokenizer.encode(record["captions"]))
+    text = model.encode_text(batch.ids, batch.mask)
+    match = model.itm(model.fuse(text.tokens, batch.mask, tokens[:1].expand(2, -1, -1), cls_only=True))
+    assert result.summary["mean_itm_original"] == pytest.approx(match[:, 1].mean().item(), abs=1e-5)
 
 
 def test_text_only_needs_no_image(checkpoint, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 from agatool.config import MaskingConfig, ModelConfig, ObjectiveConfig, RunConfig, TemConfig
 from agatool.data.prepare import Prepared
 from agatool.data.sampling import TrainBatch
+from agatool.errors import UsageError
 from agatool.masking import Masked, mask_words
 from agatool.model import PersonSearchModel
 from agatool.objective import (
@@ -185,6 +187,15 @@ def test_itc_only_is_the_plain_contrast(tokenizer: Tokenizer) -> None:
     assert losses.terms["itc"].item() == pytest.approx(sum(both) / 2, rel=1e-4)
     assert set(losses.terms) == {"itc"}
     assert int(objective.enqueued) == 0
+
+
+@pytest.mark.parametrize("itc_only", [True, False])
+def test_half_size_is_the_mean_of_two_by_two_pixels(tokenizer: Tokenizer, itc_only: bool) -> None:
+    batch = make_batch(tokenizer)
+    small = replace(batch, images=batch.images.unfold(2, 2, 2).unfold(3, 2, 2).mean((4, 5)))
+    expected = make_objective(tokenizer)(small, Phase(0.3, itc_only, tem=False), seeded())
+    found = make_objective(tokenizer)(batch, Phase(0.3, itc_only, tem=False, half_size=True), seeded())
+    torch.testing.assert_close(found.terms, expected.terms)
 
 
 # --- ITM ----------------------------------------------------------------------------------------------------
@@ -427,7 +438,7 @@ def test_schedules(sample: Prepared, tiny_config: Callable[..., RunConfig], tmp_
     """alpha rises over `alpha_ramp_epochs`, ITC stands alone at first, TEM begins after its warm-up."""
     config = tiny_config(
         "train.epochs=5", "objective.alpha=0.4", "objective.alpha_ramp_epochs=2", "objective.itc_only=0.3",
-        "tem.warmup=0.5",
+        "tem.warmup=0.5", "data.half_size=0.4",
     )  # fmt: skip
     trainer = open_run(config, sample, tmp_path / "run", False)
     steps, total = trainer.steps_per_epoch, trainer.total_steps
@@ -437,3 +448,30 @@ def test_schedules(sample: Prepared, tiny_config: Callable[..., RunConfig], tmp_
         assert phase.alpha == pytest.approx(0.4 * min(1, step / (2 * steps)))
         assert phase.itc_only == (step < 0.3 * total)
         assert phase.tem == (step >= 0.5 * total)
+        assert phase.half_size == (step < 0.4 * total)
+
+
+@pytest.mark.parametrize("k", [1, 2.5])
+def test_learning_rate_warms_up_and_decays(
+    sample: Prepared, tiny_config: Callable[..., RunConfig], tmp_path: Path, k: float
+) -> None:
+    """Cosine over the steps, its argument to the power k (Zhang & Li 2020, "k-decay")."""
+    config = tiny_config(
+        "train.max_steps=20", "train.warmup=0.1", "train.head_lr=1.0", "train.min_lr=0.1", f"train.k_decay={k}"
+    )
+    trainer = open_run(config, sample, tmp_path / "run", False)
+    rates = []
+    for step in range(20):
+        trainer.schedule.step_update(step)
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates[:2] == pytest.approx([0.1, 0.55])
+    expected = [0.1 + 0.45 * (1 + math.cos(math.pi * (step / 20) ** k)) for step in range(2, 20)]
+    assert rates[2:] == pytest.approx(expected)
+
+
+def test_images_that_cannot_be_halved_are_refused(
+    sample: Prepared, tiny_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = tiny_config("data.half_size=0.5", "model.image_size=[48, 16]", "model.patch=16")
+    with pytest.raises(UsageError, match="half of 48 x 16"):
+        open_run(config, sample, tmp_path / "run", False)

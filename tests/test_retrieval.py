@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch import Tensor
 
 from agatool import retrieval
 from agatool.config import EvalConfig, ModelConfig, TextConvention
@@ -96,7 +97,7 @@ def texts(model: PersonSearchModel, tokenizer: Tokenizer, prepared: SimpleNamesp
     return encode_texts(model, tokenizer, prepared.captions["caption"].tolist(), batch_size=7)
 
 
-def plain_itm(model: PersonSearchModel, tokenizer: Tokenizer, caption: str, path: Path) -> float:
+def plain_itm(model: PersonSearchModel, tokenizer: Tokenizer, caption: str, path: Path) -> list[float]:
     """One pair, nothing shared, nothing padded, every output computed."""
     model.eval()
     with torch.no_grad():
@@ -104,7 +105,7 @@ def plain_itm(model: PersonSearchModel, tokenizer: Tokenizer, caption: str, path
         image = model.encode_image(eval_transform(pixels, model.config.image_mean, model.config.image_std))
         batch = tokenizer.pad(tokenizer.encode([caption]))
         text = model.encode_text(batch.ids, batch.mask)
-        score = model.itm(model.fuse(text.tokens, batch.mask, image.tokens))[0, 1].item()
+        score = model.itm(model.fuse(text.tokens, batch.mask, image.tokens))[0].tolist()
     model.train()
     return score
 
@@ -252,12 +253,12 @@ def test_directions_share_their_pairs(
         other = candidates.numpy().ravel()
         text, image = (query, other) if direction == "t2i" else (other, query)
         expected = plain(model, texts, images, text, image, 8)
-        np.testing.assert_allclose(both[direction].ravel(), expected, atol=1e-5)  # type: ignore[index]
+        np.testing.assert_allclose(both[direction].flatten(0, 1), expected, atol=1e-5)  # type: ignore[index]
 
 
 def test_no_pairs(model: PersonSearchModel, images: ImageSet, texts: TextSet) -> None:
     nothing = np.zeros(0, dtype=np.int64)
-    assert retrieval.rerank(model, texts, images, nothing, nothing, 4).shape == (0,)
+    assert retrieval.rerank(model, texts, images, nothing, nothing, 4).shape == (0, 2)
 
 
 def test_bfloat16_is_close(
@@ -324,6 +325,27 @@ def test_score_matrix_from_tensors(model: PersonSearchModel, images: ImageSet, t
     torch.testing.assert_close(scores.diagonal(), expected, atol=1e-5, rtol=0)
 
 
+# --- what the candidates are sorted by ---
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.5, 3.0])
+def test_posterior_undoes_how_negatives_were_drawn(temperature: float) -> None:
+    """With ITC's softmax drawing the negatives, the best possible ITM and the cosine give back the true probability."""
+    generator = torch.Generator().manual_seed(0)
+    cosine = torch.rand(4, 6, generator=generator) * 2 - 1
+    truth = torch.rand(4, 6, generator=generator).softmax(1)  # that candidate v is the one that text t describes
+    drawn = (cosine / temperature).softmax(1)
+    best = torch.stack([drawn, truth], -1).log() + 5  # Bayes: odds of a match are truth : drawn
+    found = retrieval.candidate_scores(best, cosine, temperature, "posterior")
+    torch.testing.assert_close(found.softmax(1), truth)
+    assert (retrieval.candidate_scores(best, cosine, temperature, "itm") == best[..., 1]).all()
+
+
+def test_scores_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(CheckpointError):
+        retrieval.candidate_scores(torch.zeros(1, 2, 2), torch.ones(1, 2), 0.0, "posterior")
+
+
 # --- the protocol ---
 
 
@@ -333,21 +355,33 @@ def evaluation(model: PersonSearchModel, tokenizer: Tokenizer, prepared: SimpleN
     return retrieval.evaluate(model, tokenizer, prepared, "test", config)  # type: ignore[arg-type]
 
 
+def all_pairs(model: PersonSearchModel, texts: TextSet, images: ImageSet) -> dict[str, Tensor]:
+    """What every text would be re-ranked by with every image, [24, 12], and ITM's log-odds of a match."""
+    every = [retrieval.rerank(model, texts, images, np.full(12, text), np.arange(12), 1) for text in range(24)]
+    itm = torch.from_numpy(np.array(every))
+    odds = itm[..., 1] - itm[..., 0]
+    cosine = texts.features @ images.features.T
+    return {"itm": itm[..., 1], "posterior": odds + cosine / model.temperature.detach(), "odds": odds}
+
+
+@pytest.mark.parametrize("score_name", ["posterior", "itm"])
 def test_evaluation_equals_the_plain_protocol(
     model: PersonSearchModel,
     prepared: SimpleNamespace,
     images: ImageSet,
     texts: TextSet,
-    evaluation: retrieval.Evaluation,
+    tokenizer: Tokenizer,
+    score_name: str,
 ) -> None:
-    every = [np.full(12, text) for text in range(24)]
-    itm = np.array([retrieval.rerank(model, texts, images, text, np.arange(12), 1) for text in every])
+    config = EvalConfig(rerank=5, batch_size=6, bootstrap=50, score=score_name)  # type: ignore[arg-type]
+    evaluation = retrieval.evaluate(model, tokenizer, prepared, "test", config)  # type: ignore[arg-type]
     cosine = (texts.features @ images.features.T).numpy()
+    score = all_pairs(model, texts, images)[score_name].numpy()
     image_persons = prepared.images["person_id"].to_numpy()
     text_persons = image_persons.repeat(2)
     for direction, itc, logits, queries, gallery in (
-        ("t2i", cosine, itm, text_persons, image_persons),
-        ("i2t", cosine.T, itm.T, image_persons, text_persons),
+        ("t2i", cosine, score, text_persons, image_persons),
+        ("i2t", cosine.T, score.T, image_persons, text_persons),
     ):
         order = np.argsort(-itc, axis=1, kind="stable")
         again = [[*sorted(row[:5], key=lambda item: -line[item]), *row[5:]]
@@ -369,8 +403,18 @@ def test_metrics_table(evaluation: retrieval.Evaluation) -> None:
 
 
 def test_queries_table_survives_csv(
-    evaluation: retrieval.Evaluation, prepared: SimpleNamespace, tmp_path: Path
+    model: PersonSearchModel,
+    images: ImageSet,
+    texts: TextSet,
+    evaluation: retrieval.Evaluation,
+    prepared: SimpleNamespace,
+    tmp_path: Path,
 ) -> None:
+    scores = all_pairs(model, texts, images)
+    image_at, text_at = (
+        {name: place for place, name in enumerate(column)}
+        for column in (prepared.images["image_id"], prepared.captions["caption_id"])
+    )
     evaluation.queries.to_csv(tmp_path / "queries.csv", index=False)
     table = pd.read_csv(tmp_path / "queries.csv")
     assert table.groupby("direction").size().to_dict() == {"t2i": 24, "i2t": 12}
@@ -382,9 +426,11 @@ def test_queries_table_survives_csv(
         assert hits == [int(person_of[image] == row.person_id) for image in ids]
         assert json.loads(row.top_paths) == [path_of[image] for image in ids]
         assert len(ids) == len(set(ids)) == len(json.loads(row.top_cosine)) == 10
-        logits = json.loads(row.top_itm)
-        assert len(logits) == 5
-        assert logits == sorted(logits, reverse=True)
+        odds = json.loads(row.top_itm)
+        assert len(odds) == 5
+        mine = {name: score[text_at[row.query_id], [image_at[i] for i in ids[:5]]] for name, score in scores.items()}
+        assert odds == pytest.approx(mine["odds"].tolist(), abs=2e-4)
+        assert (mine["posterior"].diff() <= 0).all()
         assert 1 in hits[: row.first_hit]
         assert row.first_hit == hits.index(1) + 1
     for name in ("mAP", "mINP"):

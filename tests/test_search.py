@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,7 +22,7 @@ from agatool.errors import CheckpointError, DataError, UsageError
 from agatool.hint import ABSENT, made_up_descriptions, share_as_good
 from agatool.indexing import build_index
 from agatool.results import as_document, explained, rows, write_page, write_sheet, write_table
-from agatool.retrieval import OUTSIDE, score_matrix
+from agatool.retrieval import candidate_scores, log_odds, rerank_candidates, top_k
 from agatool.search import Answer, Query, Searcher, as_query, open_searcher, read_queries
 
 TEXTS = ["a woman in a red coat with a black backpack", "a man in blue jeans", "a person with an umbrella"]
@@ -61,16 +62,20 @@ def test_hits_are_the_two_stages_of_evaluation(searcher: Searcher, answers: list
     index, model = searcher.index, searcher.model
     images = encode_images(model, [index.path(row) for row in range(len(index))], 4)
     texts = encode_texts(model, model.tokenizer, TEXTS, 4)
-    match = score_matrix(model, texts, images, "t2i", 4, 4).numpy()
+    cosines, candidates = top_k(texts.features, images.features, 4)
+    itm = rerank_candidates(model, texts, images, {"t2i": candidates}, 4)["t2i"]
+    scores = candidate_scores(itm, cosines, model.temperature.item(), "posterior")
     cosine = (texts.features @ images.features.T).numpy()
+    nothing = torch.full(cosine.shape, -math.inf)
+    score, odds = (nothing.scatter(1, candidates, values).numpy() for values in (scores, log_odds(itm)))
     for number, answer in enumerate(answers):
-        order = np.lexsort((-cosine[number], -match[number]))[:6]
+        order = np.lexsort((-cosine[number], -score[number]))[:6]
         assert [hit.row for hit in answer.hits] == order.tolist()
         assert [hit.rank for hit in answer.hits] == [1, 2, 3, 4, 5, 6]
         assert [hit.name for hit in answer.hits] == index.images["path"].iloc[order].tolist()
         np.testing.assert_allclose([hit.cosine for hit in answer.hits], cosine[number, order], atol=1e-5)
-        told = [OUTSIDE if hit.match is None else hit.match for hit in answer.hits]
-        np.testing.assert_allclose(told, match[number, order], atol=1e-4)
+        told = [-math.inf if hit.match is None else hit.match for hit in answer.hits]
+        np.testing.assert_allclose(told, odds[number, order], atol=1e-4)
 
 
 def test_many_queries_find_what_one_finds(searcher: Searcher, answers: list[Answer]) -> None:
@@ -107,9 +112,10 @@ def test_image_and_text_rank_by_the_sum_of_their_cosines(searcher: Searcher) -> 
     assert [hit.row for hit in both] == sorted(sums, key=lambda row: -sums[row])
     reranked = searcher.search(queries, k=total, rerank=3)[0].hits
     assert {hit.row for hit in reranked[:3]} == {hit.row for hit in both[:3]}
-    matches = [hit.match for hit in reranked[:3] if hit.match is not None]
-    assert len(matches) == 3
-    assert matches == sorted(matches, reverse=True)
+    temperature = searcher.model.temperature.item()
+    scores = [hit.match + hit.cosine / temperature for hit in reranked[:3] if hit.match is not None]
+    assert len(scores) == 3
+    assert scores == sorted(scores, reverse=True)
 
 
 # --- what changed since ---

@@ -171,7 +171,7 @@ def test_dry_run_writes_nothing(here: Path, train: list[str], sample: Prepared) 
     before = files(sample.folder)
     result = aga(*train, "--dry-run")
     assert result.exit_code == 0, result.output
-    for figure in ("parameters", "GFLOP", "memory", "hours"):
+    for figure in ("parameters", "GFLOP", "memory", "minutes, without validation"):
         assert figure in result.stdout
     assert files(here) == set()
     assert files(sample.folder) == before

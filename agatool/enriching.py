@@ -22,7 +22,7 @@ from agatool.data.sampling import stream_seed
 from agatool.data.word_classes import OTHER, usual_class
 from agatool.encoding import even_slices, finite, inference, model_device
 from agatool.masking import choose_words, word_scores
-from agatool.model import Encoded, ImageKeysValues, PersonSearchModel
+from agatool.model import Encoded, ImageKeysValues, PersonSearchModel, log_odds
 from agatool.objective import class_attention, fill_words, fillable_ids
 from agatool.tokenization import STOP_WORDS, Batch, Encoding, Span, Tokenizer
 
@@ -285,8 +285,7 @@ class Enricher:
 
     def _match_odds(self, ids_NL: Tensor, mask_NL: Tensor, view: _View) -> Tensor:
         """Log-odds [N] that texts match their images."""
-        logits_N2 = self._match(self.model.encode_text(ids_NL, mask_NL), mask_NL, view)
-        return logits_N2[:, 1] - logits_N2[:, 0]
+        return log_odds(self._match(self.model.encode_text(ids_NL, mask_NL), mask_NL, view))
 
 
 class _Turn(NamedTuple):

@@ -354,6 +354,11 @@ def _init(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=0.02)
 
 
+def log_odds(itm: Tensor) -> Tensor:
+    """Log-odds of a match [...] from ITM logits [..., 2]; 0 is even."""
+    return itm[..., 1] - itm[..., 0]
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients inside the block; the former mode comes back after it."""

@@ -38,7 +38,7 @@ from agatool.encoding import pack_texts as pack_texts  # for callers that start 
 from agatool.errors import DataError
 from agatool.files import contained
 from agatool.metrics import QueryMetrics, join_metrics, rank_metrics, summarise
-from agatool.model import PersonSearchModel
+from agatool.model import PersonSearchModel, log_odds
 from agatool.tokenization import Tokenizer
 
 if TYPE_CHECKING:
@@ -172,11 +172,6 @@ def rerank_candidates(
     image_index, text_index = np.divmod(wanted, len(texts.lengths))
     scores = rerank(model, texts, images, text_index, image_index, batch_size, bf16)
     return {name: torch.from_numpy(scores[np.searchsorted(wanted, code)]) for name, code in codes.items()}
-
-
-def log_odds(itm: Tensor) -> Tensor:
-    """Log-odds of a match [...] from ITM logits [..., 2]; 0 is even."""
-    return itm[..., 1] - itm[..., 0]
 
 
 def candidate_scores(itm_Qk2: Tensor, cosine_Qk: Tensor, temperature: float, score: Score) -> Tensor:

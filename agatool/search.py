@@ -23,8 +23,8 @@ from agatool.hint import ABSENT, share_as_good
 from agatool.index import Index, fingerprint_of, is_index, open_index
 from agatool.indexing import build_index, default_index
 from agatool.machine import memory_errors, pick_device, use_bf16
-from agatool.model import PersonSearchModel
-from agatool.retrieval import candidate_scores, log_odds, rerank, reranked, top_k
+from agatool.model import PersonSearchModel, log_odds
+from agatool.retrieval import candidate_scores, rerank, reranked, top_k
 from agatool.runs import find_model
 
 RERANK = 128  # candidates, as in evaluation

@@ -28,7 +28,7 @@ def pair_by_pair(model: PersonSearchModel, tokens: Tensor, mask: Tensor, images:
     parts = []
     for pairs in torch.arange(len(texts)).split(batch):
         fused = model.fuse(tokens[texts[pairs]], mask[texts[pairs]], images[which[pairs]])
-        parts.append(model.itm(fused)[:, 1])
+        parts.append(model.itm(fused))
     return torch.cat(parts).numpy()
 
 

@@ -21,8 +21,9 @@ from agatool.encoding import encode_images, encode_texts
 from agatool.errors import CheckpointError, DataError, UsageError
 from agatool.hint import ABSENT, made_up_descriptions, share_as_good
 from agatool.indexing import build_index
+from agatool.model import log_odds
 from agatool.results import as_document, explained, rows, write_page, write_sheet, write_table
-from agatool.retrieval import candidate_scores, log_odds, rerank_candidates, top_k
+from agatool.retrieval import candidate_scores, rerank_candidates, top_k
 from agatool.search import Answer, Query, Searcher, as_query, open_searcher, read_queries
 
 TEXTS = ["a woman in a red coat with a black backpack", "a man in blue jeans", "a person with an umbrella"]

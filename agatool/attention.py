@@ -1,4 +1,4 @@
-"""Where words look in an image: cross-attention, Grad-CAM and occlusion maps of a pair's words.
+"""Where words look in an image: cross-attention, norm, Grad-CAM and occlusion maps of a pair's words.
 
 Shape suffixes: N texts given to the fusion layers, W words of a text (padded), L tokens, S fusion layers, h heads,
 P image tokens without [CLS], R rows and C columns of a map, T ways to hide a part of an image, Y and X pixels,
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -21,14 +21,14 @@ from agatool.data.images import decode_image, eval_transform, to_tensor
 from agatool.encoding import finite, model_device
 from agatool.errors import UsageError
 from agatool.masking import word_scores
-from agatool.model import AttentionMaps, PersonSearchModel
+from agatool.model import Attention, AttentionMaps, ImageKeysValues, PersonSearchModel, log_odds
 from agatool.objective import class_attention, fillable_ids
 from agatool.tokenization import Batch, Encoding, Span, Tokenizer
 
 Mode = Literal["words", "masked"]
-Method = Literal["attention", "gradcam", "occlusion"]
+Method = Literal["attention", "norm", "gradcam", "occlusion"]
 MODES: tuple[Mode, ...] = ("words", "masked")
-READ_OFF: tuple[Method, ...] = ("attention", "gradcam")  # the fusion layers' cross-attention
+READ_OFF: tuple[Method, ...] = ("attention", "norm", "gradcam")  # the fusion layers' cross-attention
 
 SHOWN_WORDS = 6  # of a caption, where none are asked for
 GUESSES = 5
@@ -37,12 +37,14 @@ CELLS = 32  # an image is divided into about so many to hide parts of it, whatev
 _WINDOW = 2  # cells that are hidden together, down and across
 
 # What points best on the val split of the sample data by `--measure`, with the shipped weights (docs/attention.md).
-_METHOD: Method = "attention"
+_METHOD: Method = "norm"
 # The layer of each mode and method, as a share of the fusion layers, since models differ in how many they have.
 _DEPTH: dict[tuple[Mode, Method], float] = {
     ("words", "attention"): 0.5,
+    ("words", "norm"): 0.5,
     ("words", "gradcam"): 0.5,
     ("masked", "attention"): 1.0,
+    ("masked", "norm"): 1.0,
     ("masked", "gradcam"): 1.0,
 }
 _HEAD = "max"
@@ -85,16 +87,17 @@ class Look:
 
 
 class Views(NamedTuple):
-    """What words looked at in every fusion layer and head, both [S, N, W, h, P]."""
+    """What words looked at in every fusion layer and head, each [S, N, W, h, P]."""
 
     attention: Tensor  # cross-attention weights
+    norm: Tensor  # those weights times the length of what they weigh
     gradcam: Tensor  # those weights times the positive part of the target's gradient with respect to them
 
     def heat(self, look: Look, grid: tuple[int, int]) -> Tensor:
         """[N, W, R, C] of one settled way to look."""
         assert look.layer is not None
         assert look.head is not None
-        weights_NWhP = (self.gradcam if look.method == "gradcam" else self.attention)[look.layer - 1]
+        weights_NWhP = self._asdict()[str(look.method)][look.layer - 1]
         if look.head == "mean":
             heat_NWP = weights_NWhP.mean(2)
         elif look.head == "max":
@@ -104,12 +107,12 @@ class Views(NamedTuple):
         return heat_NWP.unflatten(-1, grid)
 
 
-def views(cross: list[Tensor], target: Tensor, words_NWL: Tensor) -> Views:
+def views(cross: list[Tensor], lengths: list[Tensor], target: Tensor, words_NWL: Tensor) -> Views:
     """Read each word's maps off the cross-attention weights `cross`, S times [N, h, L, 1 + P].
 
-    `target` is the scalar whose gradient Grad-CAM takes (Selvaraju et al. 2017; on cross-attention: Li et al. 2021,
-    ALBEF); `words_NWL` says which tokens a word has. A word's map is the mean over its tokens; the image's [CLS], the
-    first column, is left out.
+    `lengths`, S times [N, h, 1 + P], are those of the value vectors (`Attention.value_norms`). `target` is the scalar
+    whose gradient Grad-CAM takes (Selvaraju et al. 2017; on cross-attention: Li et al. 2021, ALBEF); `words_NWL` says
+    which tokens a word has. A word's map is the mean over its tokens; the image's [CLS], the first column, is left out.
     """
     weight_NWL = words_NWL / words_NWL.sum(-1, keepdim=True).clamp(min=1)
     gradients = torch.autograd.grad(target, cross)
@@ -119,8 +122,15 @@ def views(cross: list[Tensor], target: Tensor, words_NWL: Tensor) -> Views:
 
     with torch.no_grad():
         attention = [of_words(weights) for weights in cross]
+        norm = [of_words(weights * length[:, :, None]) for weights, length in zip(cross, lengths, strict=True)]
         gradcam = [of_words(weights * grad.clamp(min=0)) for weights, grad in zip(cross, gradients, strict=True)]
-        return Views(torch.stack(attention), torch.stack(gradcam))
+        return Views(torch.stack(attention), torch.stack(norm), torch.stack(gradcam))
+
+
+@torch.no_grad()
+def _value_lengths(model: PersonSearchModel, projected: ImageKeysValues) -> list[Tensor]:
+    layers = zip(model.fusion_layers, projected, strict=True)
+    return [cast(Attention, layer.cross_attention).value_norms(value) for layer, (_, value) in layers]
 
 
 def look_words(
@@ -131,9 +141,9 @@ def look_words(
     -> (views, probability of a match [N]). Grad-CAM's target is the ITM logit of "match".
     """
     with torch.enable_grad():
-        maps = AttentionMaps()
-        logits = model.itm(model.fuse(text_tokens.requires_grad_(), mask, image_tokens, maps=maps))
-        seen = views(maps.cross, logits[:, 1].sum(), words_NWL)
+        maps, projected = AttentionMaps(), model.project_image(image_tokens)
+        logits = model.itm(model.fuse(text_tokens.requires_grad_(), mask, projected, maps=maps))
+        seen = views(maps.cross, _value_lengths(model, projected), logits[:, 1].sum(), words_NWL)
     return seen, finite(logits.detach().float()).softmax(-1)[:, 1]
 
 
@@ -148,11 +158,11 @@ def look_masked(
     with torch.no_grad():
         encoded = model.encode_text(batch.ids.masked_fill(words_NL, mask_id), batch.mask)
     with torch.enable_grad():
-        maps = AttentionMaps()
-        fused = model.fuse(encoded.tokens.requires_grad_(), batch.mask, image_tokens, maps=maps)
+        maps, projected = AttentionMaps(), model.project_image(image_tokens)
+        fused = model.fuse(encoded.tokens.requires_grad_(), batch.mask, projected, maps=maps)
         logits = model.mlm(fused[words_NL])
         target = logits.gather(1, batch.ids[words_NL][:, None]).sum()
-        seen = views(maps.cross, target, words_NL[:, None].float())
+        seen = views(maps.cross, _value_lengths(model, projected), target, words_NL[:, None].float())
     return seen, finite(logits.detach().float())
 
 
@@ -171,19 +181,13 @@ def look_occluded(model: PersonSearchModel, batch: Batch, pixels: Tensor, words_
         projected = model.project_image(model.encode_image(hidden).tokens)
         mask = batch.mask.expand(len(hidden), -1)
         texts = model.encode_text(ids, batch.mask.expand(len(ids), -1)).tokens[:, None].expand(-1, len(hidden), -1, -1)
-        whole = _log_odds(model, model.fuse(texts[0], mask, projected, cls_only=True))
+        whole = log_odds(model.itm(model.fuse(texts[0], mask, projected, cls_only=True)))
         for text, word_L in zip(texts[1:], words_WL, strict=True):
             fused = model.fuse(text, mask, projected)
             originals = batch.ids[0, word_L].expand(len(hidden), -1)
             use_WT["masked"].append(model.mlm(fused[:, word_L]).gather(2, originals[..., None]).sum((1, 2)))
-            use_WT["words"].append(whole - _log_odds(model, fused))
+            use_WT["words"].append(whole - log_odds(model.itm(fused)))
         return {mode: _lost(used, covers_TRC) for mode, used in use_WT.items()}
-
-
-def _log_odds(model: PersonSearchModel, fused: Tensor) -> Tensor:
-    """Of a match, [N]."""
-    logits = model.itm(fused)
-    return logits[:, 1] - logits[:, 0]
 
 
 def _lost(use_WT: Sequence[Tensor], covers_TRC: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ class Method(StrEnum):
     """How a heatmap is made."""
 
     attention = "attention"
+    norm = "norm"
     gradcam = "gradcam"
     occlusion = "occlusion"
 

@@ -69,6 +69,15 @@ class Attention(nn.Module):
         """Keys and values of `memory` [M, S, memory_width], each [M, h, S, d]."""
         return self._split(self.key(memory)), self._split(self.value(memory))
 
+    def value_norms(self, value: Tensor) -> Tensor:
+        """Length of what each projected item of `value` [M, h, S, d] adds to the output at full weight: [M, h, S].
+
+        Kobayashi et al. 2020, "Attention is not only a weight".
+        """
+        weight_hdD = self.output.weight.unflatten(1, (self.heads, -1)).permute(1, 2, 0)
+        gram_hdd = weight_hdD @ weight_hdD.mT  # lengths without an output-wide vector for every item
+        return ((value @ gram_hdd) * value).sum(-1).clamp(min=0).sqrt()
+
     def forward(
         self,
         x_NLD: Tensor,

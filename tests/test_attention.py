@@ -109,10 +109,24 @@ def test_gradcam_is_attention_times_the_positive_gradient() -> None:
     words = torch.zeros(2, 1, 5)
     words[:, 0, 3] = 1
     target = sum((w * s).sum() for w, s in zip(weights, slopes, strict=True))
-    seen = attention.views(weights, target, words)
+    seen = attention.views(weights, [torch.ones(2, 3, 7)] * 2, target, words)
     for layer in range(2):
         expected = (weights[layer] * slopes[layer].clamp(min=0))[:, :, 3, 1:]
         torch.testing.assert_close(seen.gradcam[layer, :, 0], expected)
+
+
+@torch.no_grad()
+def test_norm_is_the_length_of_what_a_patch_adds(model: PersonSearchModel) -> None:
+    """Of weight times value vector through the head's part of the output projection, written out patch by patch."""
+    batch, text, image, words = _encode(model, CAPTIONS[:1])
+    seen, _ = attention.look_words(model, text, batch.mask, image, words)
+    word = int((words[0].sum(1) == 1).nonzero()[0])  # of one token
+    for layer, (_, value) in enumerate(model.project_image(image)):
+        output = model.fusion_layers[layer].cross_attention.output.weight
+        for head, patch in itertools.product(range(2), (0, 5, 23)):
+            added = seen.attention[layer, 0, word, head, patch] * value[0, head, 1 + patch]
+            expected = (output[:, 8 * head : 8 * head + 8] @ added).norm()
+            torch.testing.assert_close(seen.norm[layer, 0, word, head, patch], expected, atol=1e-6, rtol=1e-4)
 
 
 def test_a_pair_is_seen_the_same_in_any_batch(model: PersonSearchModel) -> None:
@@ -136,7 +150,7 @@ def test_gradcam_of_the_match_needs_an_earlier_layer(model: PersonSearchModel) -
     assert Look("masked", "gradcam", layer=2).settled(model).layer == 2
 
 
-@pytest.mark.parametrize("method", ["attention", "occlusion"])
+@pytest.mark.parametrize("method", ["attention", "norm", "occlusion"])
 def test_masked_mode_does_not_see_the_word(model: PersonSearchModel, image: Path, method: attention.Method) -> None:
     look = Look("masked", method).settled(model)
     red, blue = (
@@ -144,7 +158,7 @@ def test_masked_mode_does_not_see_the_word(model: PersonSearchModel, image: Path
         for colour in ("red", "blue")
     )
     assert [word.text for word in red.shown] == ["red"]
-    if method == "attention":  # the other one asks for the logit of the word that was there
+    if method != "occlusion":  # that one asks for the logit of the word that was there
         np.testing.assert_array_equal(red.shown[0].heat, blue.shown[0].heat)
     assert red.shown[0].guesses == blue.shown[0].guesses
     assert red.match != blue.match
@@ -365,7 +379,7 @@ def test_measure(model: PersonSearchModel, prepared: Prepared, tmp_path: Path) -
     table = visualizing.measure(model, prepared, "test", 4, tmp_path)
     written = pd.read_csv(tmp_path / "localisation.csv")
     assert written.columns.tolist() == table.columns.tolist()
-    assert set(table["method"]) == {"attention", "gradcam", "occlusion", "uniform", "centre", "best of grid"}
+    assert set(table["method"]) == {*attention.READ_OFF, "occlusion", "uniform", "centre", "best of grid"}
     settings = set(zip(table["mode"], table["method"], table["layer"], strict=True))
     assert ("words", "gradcam", "1") in settings
     assert ("words", "gradcam", "2") not in settings  # zero by construction
@@ -426,7 +440,7 @@ def test_shipped_weights_point_better_than_the_centre(prepared: Prepared, tmp_pa
     from agatool import load
 
     table = visualizing.measure(load(SHIPPED), prepared, "test", 80, tmp_path)
-    assert localisation.best_setting(table, "masked")[1] == "attention"
+    assert localisation.best_setting(table, "masked")[1] == "norm"
     for mode in attention.MODES:
         mine = Look(mode).settled(load(SHIPPED))
         rows = table[(table["mode"] == mode) & (table["method"] == mine.method) & (table["head"] == mine.head)]

@@ -234,7 +234,9 @@ class Objective(nn.Module):
             return text_tokens.sum() * 0.0, text_tokens.new_zeros(())  # one identity only: no negative, no term
         texts = torch.cat([pairs, pairs[has_image], negatives.text_of_image[has_text]])
         images = torch.cat([pairs, negatives.image_of_text[has_image], pairs[has_text]])
-        logits = self.student.itm(self.student.fuse(text_tokens[texts], mask[texts], projected, images, cls_only=True))
+        # index_select, not [texts]: the threads of a CPU would add up a text's gradients in any order
+        used = text_tokens.index_select(0, texts)
+        logits = self.student.itm(self.student.fuse(used, mask[texts], projected, images, cls_only=True))
         labels = (torch.arange(len(texts), device=mask.device) < len(pairs)).long()
         return F.cross_entropy(logits.float(), labels), (logits.argmax(1) == labels).float().mean()
 

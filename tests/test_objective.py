@@ -79,7 +79,7 @@ def make_objective(tokenizer: Tokenizer, queue: int = 8, **sections: dict) -> Ob
 
 
 def make_batch(tokenizer: Tokenizer, persons: tuple[int, ...] = PERSONS) -> TrainBatch:
-    captions = CAPTIONS[: len(persons)]
+    captions = [CAPTIONS[n % len(CAPTIONS)] for n in range(len(persons))]
     encodings = tokenizer.encode(captions)
     images = torch.randn(len(persons), 3, 64, 32, generator=seeded(5))
     content = tokenizer.content_mask(captions, encodings)
@@ -432,6 +432,22 @@ def test_the_same_seed_gives_the_same_step(tokenizer: Tokenizer) -> None:
     first, second, other = (make_objective(tokenizer)(batch, phase, seeded(seed)).total for seed in (1, 1, 2))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
+
+
+def test_two_threads_give_the_same_bytes_each_time(tokenizer: Tokenizer) -> None:
+    """Texts are used several times by ITM; adding up their gradients must not depend on which thread comes first."""
+    objective, batch = make_objective(tokenizer), make_batch(tokenizer, tuple(range(96)))
+    torch.set_num_threads(2)
+    try:
+        found = []
+        for _ in range(10):
+            objective.zero_grad()
+            objective(batch, FULL, seeded()).total.backward()
+            found.append(objective.student.word_embeddings.weight.grad.clone())
+            objective.enqueued.zero_()
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(gradient, found[0]) for gradient in found)
 
 
 def test_schedules(sample: Prepared, tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:

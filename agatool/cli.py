@@ -304,7 +304,7 @@ def _dry_run(settings: Any, root: Path | None) -> None:
     name, folder = settings.data.dataset, Path(settings.data.dir)
     with tempfile.TemporaryDirectory() as scratch:
         prepared = find_data(name, folder if folder.exists() else Path(scratch) / name, root)
-        console.table("Cost of a run; nothing was written", ["", "measured on a few steps"], estimate(settings, prepared))
+        console.table("Cost of a run; nothing was written", ["", "as measured"], estimate(settings, prepared))
 
 
 @app.command("eval", rich_help_panel=MODELS)

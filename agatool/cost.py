@@ -35,7 +35,7 @@ def estimate(config: RunConfig, prepared: Prepared) -> list[list[str]]:
         ["seconds for a full step", f"{seconds:.2f} (the first took {first:.2f})"],
         ["peak memory", _peak_memory(trainer.device)],
         ["whole training", f"about {_duration(whole)}, without validation, on {trainer.device}"],
-        ["whole training, PFLOP", f"{whole_flops / 1e15:,.1f}"],
+        ["whole training, TFLOP", f"{whole_flops / 1e12:,.0f}"],
     ]
 
 
